@@ -1,0 +1,1 @@
+"""Guard: a safety moderation service for conversations, with its model embedded."""

@@ -1,0 +1,177 @@
+"""The nouns of Guard: the few frozen things that travel from a request to its answer."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum, StrEnum
+from types import MappingProxyType
+
+
+class Role(StrEnum):
+    """Who speaks in a turn."""
+
+    USER = "user"
+    AGENT = "agent"
+    SYSTEM = "system"
+    TOOL = "tool"
+
+
+class Action(IntEnum):
+    """What a policy says about a turn; ordered, so that the strictest of several is their max()."""
+
+    ALLOW = 0
+    FLAG = 1
+    BLOCK = 2
+
+
+class Lane(IntEnum):
+    """Who is served first: someone waiting online, or bulk work that can wait."""
+
+    INTERACTIVE = 0
+    BULK = 1
+
+
+HAZARDS: Mapping[str, str] = MappingProxyType(
+    {
+        "S1": "violent crimes",
+        "S2": "non-violent crimes",
+        "S3": "sex-related crimes",
+        "S4": "child sexual exploitation",
+        "S5": "defamation",
+        "S6": "specialised advice",
+        "S7": "privacy",
+        "S8": "intellectual property",
+        "S9": "indiscriminate weapons",
+        "S10": "hate",
+        "S11": "suicide and self-harm",
+        "S12": "sexual content",
+        "S13": "elections",
+        "S14": "code-interpreter abuse",
+        "X1": "harassment",
+        "X2": "graphic violence",
+        "X3": "jailbreak and prompt injection",
+        "X4": "drugs and regulated goods",
+        "X5": "misinformation",
+        "X6": "spam and scams",
+    }
+)
+"""Guard's taxonomy, code to title: the MLCommons hazards as Llama Guard 3 codes them (S), and our own (X)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One message of a conversation."""
+
+    role: Role
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Turns in the order they were said, and the index of the one to judge; None judges every turn."""
+
+    turns: tuple[Turn, ...]
+    target: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """How much of a conversation, up to and with the judged turn, the model was shown; tokens."""
+
+    seen: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Where a turn to be scored stands among the tokens: [start, end), the last token being its end token."""
+
+    turn: int
+    start: int
+    end: int
+    coverage: Coverage
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """A conversation, or a window of a long one, as the model reads it, and the turns to be scored in it, in order."""
+
+    ids: tuple[int, ...]
+    spans: tuple[Span, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Calibrated probabilities: that a turn is unsafe at all, and for each hazard code."""
+
+    unsafe: float
+    hazards: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """A category whose score reached a threshold; `margin` is score minus threshold, 0 or more."""
+
+    category: str
+    action: Action
+    score: float
+    threshold: float
+
+    @property
+    def margin(self) -> float:
+        return self.score - self.threshold
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a policy says about one turn, and on what grounds.
+
+    `scores` is None where the model could not answer; the verdict is then `degraded`, and on_error gave the action.
+    """
+
+    turn: int
+    action: Action
+    violations: tuple[Violation, ...]
+    scores: Scores | None
+    coverage: Coverage
+    degraded: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Where the time of one decision went; in seconds."""
+
+    tokenise: float = 0.0
+    queue: float = 0.0
+    model: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Revision:
+    """What was in force: a name, and a hash of the content behind it."""
+
+    name: str
+    revision: str
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The answer to one request: a verdict for each judged turn, under one policy and one model."""
+
+    id: str
+    verdicts: tuple[Verdict, ...]
+    policy: Revision
+    model: Revision
+    timings: Timings = field(default_factory=Timings)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """The model that is served and how it runs here; `max_tokens` is the longest input that is read whole."""
+
+    revision: Revision
+    device: str
+    dtype: str
+    kernels: str
+    parameters: int
+    max_tokens: int
+    hazards: tuple[str, ...]

@@ -1,0 +1,22 @@
+"""What pyproject.toml cannot say: where the shipped policies lie, and that the kernels may fail to build."""
+
+from setuptools import Extension, find_packages, setup
+
+# No errno and no traps: loops over square roots and comparisons can then be vectorised. Products and sums may fuse.
+FLAGS = ["-O3", "-g0", "-std=c++17", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+
+setup(
+    packages=[*find_packages(include=["guard", "guard.*"]), "guard.policies"],
+    package_dir={"guard.policies": "policies"},
+    ext_modules=[
+        Extension(
+            f"guard.model._native_{level}",
+            sources=["guard/model/native/kernels.cpp"],
+            extra_compile_args=[*FLAGS, f"-march=x86-64-{level}", "-mprefer-vector-width=512"],
+            extra_link_args=["-fopenmp"],
+            language="c++",
+            optional=True,  # without a compiler, and on other processors, the engine computes with torch
+        )
+        for level in ("v3", "v4")
+    ],
+)
