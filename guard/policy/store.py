@@ -1,0 +1,62 @@
+"""The policies of a directory, loaded together: all of them are good, or none is served."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from guard.errors import ConfigError, NotFound, PolicyError
+from guard.policy.compile import Policy, compile_policy
+from guard.policy.document import printable
+from guard.policy.read import did_you_mean, read_policy
+
+
+class PolicyStore:
+    """An immutable snapshot of policies by name; `default` names the one that is meant by an empty name."""
+
+    def __init__(self, policies: Iterable[Policy], default: str) -> None:
+        self._by_name = {policy.name: policy for policy in sorted(policies, key=lambda policy: policy.name)}
+        self.policies = tuple(self._by_name.values())
+        self.default = default
+        if default not in self._by_name:
+            raise ConfigError(
+                f"no default policy {default!r} among {', '.join(self._by_name)}{did_you_mean(default, self._by_name)}"
+            )
+
+    @classmethod
+    def load(cls, directory: Path, default: str = "default") -> "PolicyStore":
+        """Reads every policy file of a directory: NAME.yaml, but neither hidden files nor the tests, NAME_test.yaml.
+
+        Raises PolicyError with the problems of all files, and ConfigError where there is no directory, no policy or no
+        default policy.
+        """
+        try:
+            paths = sorted(path for path in directory.iterdir() if _is_policy(path.name))
+        except OSError as error:
+            raise ConfigError(f"{directory}: cannot be read: {error.strerror}") from None
+        if not paths:
+            raise ConfigError(f"{directory}: expected policies (*.yaml), found none")
+        policies, problems = [], []
+        for path in paths:
+            try:
+                policies.append(load_policy(path))
+            except PolicyError as error:
+                problems.append(str(error))
+        if problems:
+            raise PolicyError("\n".join(problems))
+        return cls(policies, default)
+
+    def get(self, name: str) -> Policy:
+        """The policy of that name, or the default one for an empty name. Raises NotFound."""
+        policy = self._by_name.get(name or self.default)
+        if policy is None:
+            raise NotFound("policy", f"no policy is named '{printable(name)}'{did_you_mean(name, self._by_name)}")
+        return policy
+
+
+def load_policy(path: Path) -> Policy:
+    """One policy, named as its file is. Raises PolicyError with every problem in it."""
+    return compile_policy(path.stem, read_policy(path))
+
+
+def _is_policy(name: str) -> bool:
+    """Also of a name that no policy may have: better refused than passed over."""
+    return name.endswith((".yaml", ".yml")) and not name.endswith("_test.yaml") and not name.startswith(".")
