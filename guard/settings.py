@@ -1,0 +1,168 @@
+"""Everything an operator can set: one frozen object, made once at start and handed down."""
+
+import difflib
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    DirectoryPath,
+    FilePath,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
+
+from guard.errors import ConfigError
+
+_PACKAGE = Path(__file__).parent
+_PREFIX = "GUARD_"
+_CONFIG = "GUARD_CONFIG"
+_NOT_OURS = {_CONFIG, "GUARD_SERVER", "GUARD_TOKEN"}  # names the file; read by the client's commands
+# What Kubernetes puts into the environment of every pod beside a Service called guard, or guard-something.
+_SERVICE_LINK = re.compile(r"GUARD_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)\w*)?)")
+
+
+def _address(value: str) -> str:
+    host, _, port = value.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise ValueError("should be HOST:PORT")
+    return value
+
+
+def _shipped_policies() -> Path:
+    """Within the package where it was installed, beside it in a checkout."""
+    installed = _PACKAGE / "policies"
+    return installed if installed.is_dir() else _PACKAGE.parent / "policies"
+
+
+_Given = Iterator[tuple[str, str, object]]  # where it came from, name of the setting, value
+Address = Annotated[str, AfterValidator(_address)]
+
+
+class Settings(BaseModel):
+    """What `guard serve` runs with. Paths are relative to the working directory."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+    listen: Address = "0.0.0.0:50051"
+    """Where gRPC is served."""
+    http: Address = "0.0.0.0:9090"
+    """Where /metrics and /healthz are served."""
+    policies: DirectoryPath = _shipped_policies()
+    """Directory of policies; by default those that come with Guard."""
+    model: DirectoryPath = _PACKAGE / "model" / "default"
+    """Directory of a model; by default the embedded one."""
+    default_policy: str = "default"
+    """The policy of requests that name none."""
+
+    device: str = "auto"
+    """cpu, cuda or cuda:N; auto takes the first CUDA device there is."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Type of the weights in memory; auto takes the fastest for the device."""
+    threads: NonNegativeInt = 0
+    """Processor threads of the model; 0 takes all."""
+    max_batch_tokens: PositiveInt | None = None
+    """Tokens of one pass of the model; by default 512 on a CPU and 16,384 on CUDA."""
+    max_queue_seconds: PositiveFloat = 2.0
+    """How long the queue may be, at the speed measured; beyond it online calls are refused and bulk work waits."""
+
+    max_message_bytes: PositiveInt = 4 * 2**20
+    """Size of one message on the wire."""
+    max_turns: PositiveInt = 1000
+    """Turns of one conversation."""
+    max_in_flight: PositiveInt = 256
+    """Requests of one CheckMany stream that are read and not yet answered."""
+
+    tls_cert: FilePath | None = None
+    """Certificate chain of the server, PEM; plain text is served without it."""
+    tls_key: FilePath | None = None
+    """Private key of the certificate, PEM."""
+    tls_client_ca: FilePath | None = None
+    """Authorities, PEM, one of which must have signed a client's certificate."""
+    tokens_file: FilePath | None = None
+    """API tokens, a `name:token` a line; anyone may call without it."""
+    client_rate: NonNegativeFloat = 0.0
+    """Requests a second that each client may make in the long run; 0 sets no limit."""
+    client_burst: PositiveInt = 100
+    """Requests that a client may make at once after a pause."""
+
+    drain_seconds: PositiveFloat = 20.0
+    """How long a stopping server waits for calls to end."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """The mildest events to log; debug logs a line for every call."""
+    otlp_endpoint: str | None = None
+    """Collector of OpenTelemetry traces, http://HOST:PORT; needs the extra `otel`."""
+
+    @model_validator(mode="after")
+    def _tls_is_whole(self) -> Self:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key go together")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ValueError("tls_client_ca needs tls_cert and tls_key")
+        return self
+
+    @classmethod
+    def load(cls, flags: Mapping[str, object], environ: Mapping[str, str], file: Path | None = None) -> Self:
+        """Flags before GUARD_* variables before a TOML file (`file`, or what GUARD_CONFIG names) before the defaults.
+
+        A flag that is None was not given. Raises ConfigError with one problem a line, each naming where the value came
+        from; names nobody knows are problems.
+        """
+        if file is None and environ.get(_CONFIG):
+            file = Path(environ[_CONFIG])
+        given = [*_from_file(file), *_from_environment(environ), *_from_flags(flags)]
+        sources = {name: source for source, name, _ in given}
+        problems = [f"{source}: {_unknown(name)}" for source, name, _ in given if name not in cls.model_fields]
+        values = {name: value for _, name, value in given if name in cls.model_fields}
+        try:
+            settings = cls.model_validate(values)
+        except ValidationError as error:
+            problems += [_describe(problem, sources) for problem in error.errors(include_url=False)]
+        if problems:
+            raise ConfigError("\n".join(problems))
+        return settings
+
+
+def _from_flags(flags: Mapping[str, object]) -> _Given:
+    for name, value in flags.items():
+        if value is not None:
+            yield f"--{name.replace('_', '-')}", name, value
+
+
+def _from_environment(environ: Mapping[str, str]) -> _Given:
+    for variable, value in environ.items():
+        if variable.startswith(_PREFIX) and variable not in _NOT_OURS and not _SERVICE_LINK.fullmatch(variable):
+            yield variable, variable.removeprefix(_PREFIX).lower(), value
+
+
+def _from_file(file: Path | None) -> _Given:
+    if file is None:
+        return
+    try:
+        table = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file}: {error.strerror if isinstance(error, OSError) else error}") from None
+    for name, value in table.items():
+        yield f"{file}: {name}", name, value
+
+
+def _unknown(name: str) -> str:
+    close = difflib.get_close_matches(name, Settings.model_fields, n=1)
+    return f"unknown setting, did you mean {close[0]}?" if close else "unknown setting"
+
+
+def _describe(problem: ErrorDetails, sources: Mapping[str, str]) -> str:
+    text = problem["msg"].removeprefix("Value error, ")
+    if not problem["loc"]:  # between settings; the text names them
+        return text
+    return f"{sources[str(problem['loc'][0])]}: {text}, found {problem['input']!r}"
