@@ -634,7 +634,7 @@ class GetModelResponse(_message.Message):
     dtype: _builtins.str
     """Type of the weights in memory, e.g. "bfloat16"."""
     kernels: _builtins.str
-    """The form of the forward pass chosen for this processor, e.g. "native-avx512" or "torch"."""
+    """The form of the forward pass chosen for this processor, e.g. "native-x86-64-v4" or "torch"."""
     parameters: _builtins.int
     """Parameters of the model."""
     max_tokens: _builtins.int
