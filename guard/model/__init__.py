@@ -1,0 +1,1 @@
+"""The classifier: from a conversation to calibrated scores."""

@@ -1,0 +1,220 @@
+"""A model directory: Hugging Face tensors as int8 safetensors, and `guard.json`, which vouches for every file.
+
+    guard.json            format, name, max_tokens, hazards, calibration, and the SHA-256 of each other file
+    config.json           the backbone's Hugging Face configuration
+    tokenizer.json        its tokenizer
+    model-*.safetensors   the tensors, in shards, and the index that says where each is
+
+A matrix [out, in] is stored as int8 with one float32 scale for each of its rows, `<name>_scale` [out]; vectors and the
+classifier's head stay float32. Nothing but JSON and safetensors is ever read.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as serialise
+from torch import Tensor
+
+from guard.errors import CheckpointError
+
+_MANIFEST = "guard.json"
+_CONFIG = "config.json"
+_TOKENIZER = "tokenizer.json"
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_SCALE = "_scale"
+_SHARD_BYTES = 90_000_000
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a model directory says of itself; `calibration` has (a, b) for p = sigmoid(a * logit + b) by head.
+
+    `revision` is the first 16 hex digits of the SHA-256 of `guard.json`, and so stands for the content of every file.
+    """
+
+    path: Path
+    name: str
+    revision: str
+    max_tokens: int
+    hazards: tuple[str, ...]
+    calibration: Mapping[str, tuple[float, float]]
+    config: Mapping[str, Any]
+
+
+class _Manifest(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    format: Literal[1]
+    name: str
+    max_tokens: int
+    hazards: tuple[str, ...]
+    calibration: dict[str, tuple[float, float]]
+    files: dict[str, str]
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Reads and verifies a Guard model directory.
+
+    Raises CheckpointError, naming the file, where one is missing, damaged, of another format, or not safetensors.
+    """
+    content = _read(path / _MANIFEST)
+    try:
+        manifest = _Manifest.model_validate(_parse(path / _MANIFEST, content))
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise CheckpointError(f"{path / _MANIFEST}: {problems}") from error
+    if odd := manifest.calibration.keys() ^ {"unsafe", *manifest.hazards}:
+        raise CheckpointError(f"{path / _MANIFEST}: calibration and hazards differ in {', '.join(sorted(odd))}")
+    for name, digest in manifest.files.items():
+        if Path(name).name != name or Path(name).suffix not in (".json", ".safetensors"):
+            raise CheckpointError(f"{path / _MANIFEST}: {name!r} is neither JSON nor safetensors in this directory")
+        if _digest(path / name) != digest:
+            raise CheckpointError(f"{path / name}: its SHA-256 is not the one in {_MANIFEST}")
+    read = {_CONFIG, _TOKENIZER, _INDEX, *(shard.name for shard in _shards(path))}
+    if unvouched := read - manifest.files.keys():
+        raise CheckpointError(f"{path / _MANIFEST}: files lacks {', '.join(sorted(unvouched))}")
+    return Checkpoint(
+        path=path,
+        name=manifest.name,
+        revision=sha256(content).hexdigest()[:16],
+        max_tokens=manifest.max_tokens,
+        hazards=manifest.hazards,
+        calibration=manifest.calibration,
+        config=_parse(path / _CONFIG, _read(path / _CONFIG)),
+    )
+
+
+def load_tensors(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of any Hugging Face safetensors directory, in one file or in shards, by name.
+
+    Matrices come in `dtype`, those stored as int8 dequantised; vectors and the head `score.*` in float32.
+    Raises CheckpointError, naming the file, where one is missing or no safetensors.
+    """
+    tensors: dict[str, Tensor] = {}
+    for shard in _shards(path):
+        try:
+            tensors |= _dequantised(load_file(shard), dtype)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{shard}: {error}") from error
+        except KeyError as error:
+            raise CheckpointError(f"{shard}: lacks {error}") from error
+    return tensors
+
+
+def _dequantised(stored: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Raises KeyError where an int8 matrix lacks its scale."""
+    quantised = {name for name, tensor in stored.items() if tensor.dtype == torch.int8}
+    tensors = {}
+    for name in stored.keys() - {name + _SCALE for name in quantised}:
+        tensor = stored[name]
+        if name in quantised:
+            tensor = tensor.float() * stored[name + _SCALE][:, None]
+        tensors[name] = tensor.to(torch.float32 if _keeps_float32(name, tensor) else dtype)
+    return tensors
+
+
+def save_checkpoint(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    tokenizer_json: str,
+    name: str,
+    max_tokens: int,
+    hazards: tuple[str, ...],
+    calibration: Mapping[str, tuple[float, float]],
+) -> None:
+    """Writes a model directory; matrices become int8 with a scale for each row, `guard.json` comes last."""
+    path.mkdir(parents=True, exist_ok=True)
+    (path / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (path / _TOKENIZER).write_text(tokenizer_json, encoding="utf-8")
+    shards = _fill_shards(tensors)
+    names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    for shard_name, shard in zip(names, shards, strict=True):
+        (path / shard_name).write_bytes(serialise(shard, metadata={"format": "pt"}))
+    index = {
+        "metadata": {"total_size": sum(t.nbytes for shard in shards for t in shard.values())},
+        "weight_map": {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard},
+    }
+    (path / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    manifest = _Manifest(
+        format=1,
+        name=name,
+        max_tokens=max_tokens,
+        hazards=hazards,
+        calibration=dict(calibration),
+        files={file: _digest(path / file) for file in (_CONFIG, _TOKENIZER, _INDEX, *names)},
+    )
+    (path / _MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def _fill_shards(tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        stored = {name: tensor.float().contiguous()} if _keeps_float32(name, tensor) else _quantised(name, tensor)
+        bytes_ = sum(part.nbytes for part in stored.values())
+        if shards[-1] and size + bytes_ > _SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1] |= stored
+        size += bytes_
+    return shards
+
+
+def _quantised(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    scale = tensor.float().abs().amax(dim=1).clamp_min(1e-12) / 127  # [out]
+    return {name: (tensor.float() / scale[:, None]).round().to(torch.int8), name + _SCALE: scale}
+
+
+def _keeps_float32(name: str, tensor: Tensor) -> bool:
+    return tensor.ndim < 2 or name.startswith("score.")
+
+
+def _shards(path: Path) -> list[Path]:
+    """The files of tensors, as the index names them, or the only one."""
+    if not (path / _INDEX).exists():
+        return [path / _SINGLE]
+    weight_map = _parse(path / _INDEX, _read(path / _INDEX)).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{path / _INDEX}: has no weight_map of file names")
+    for name in weight_map.values():
+        if Path(name).name != name or Path(name).suffix != ".safetensors":
+            raise CheckpointError(f"{path / _INDEX}: {name!r} is no safetensors file in this directory")
+    return [path / name for name in sorted(set(weight_map.values()))]
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}") from error
+
+
+def _parse(path: Path, content: bytes) -> dict[str, Any]:
+    try:
+        document = json.loads(content)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: is not JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{path}: is not a JSON object")
+    return document
+
+
+def _digest(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            digest = sha256()
+            while block := file.read(1 << 20):
+                digest.update(block)
+            return digest.hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}") from error

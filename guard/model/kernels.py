@@ -1,0 +1,176 @@
+"""The steps of a Llama layer, in the forms that processors run fastest: torch everywhere, fused C++ on x86-64."""
+
+import ctypes
+import importlib.util
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+Linear = Callable[[Tensor], Tensor]
+Pass = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+class TorchKernels:
+    """Every step in torch, on the CPU: the form that runs everywhere, and the reference for the others.
+
+    No row of a result depends on another row, but for attention, where it depends on earlier rows of its sequence.
+    """
+
+    name: str = "torch"
+
+    def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        """The product x [rows, in] -> [rows, out] with `weight` [out, in], laid out for this device."""
+        if not torch.backends.mkldnn.is_available():
+            return lambda x: F.linear(x, weight, bias)
+        # What torch.compile's own CPU backend calls: weights reordered once, for oneDNN's blocked kernels. Unlike the
+        # plain product, a row comes out the same to the bit whatever the number of rows (from two on; see `bucket`).
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        product = torch.ops.mkldnn._linear_pointwise.default
+        return lambda x: product(x, packed, bias, "none", [], "")
+
+    def bucket(self, tokens: int) -> int:
+        """The rows that `tokens` are padded to, so that the same shapes are met again."""
+        step = 16 if tokens <= 256 else 1 << ((tokens - 1).bit_length() - 4)  # at most an eighth is padding
+        return -(-tokens // step) * step
+
+    def slots(self, used: int, rows: int) -> int:
+        """The sequences, or the tokens to be scored, that `used` of them are padded to, in a pass of `rows` rows."""
+        return self.bucket(used)
+
+    def compile(self, function: Pass) -> Pass:
+        """The form of a whole pass that runs fastest."""
+        return function
+
+    def add_rms_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        """Adds `delta` to the float32 residual `x` [rows, hidden] in place, and returns its RMS norm in `dtype`."""
+        if delta is not None:
+            x.add_(delta)
+        return F.rms_norm(x, x.shape[-1:], weight, eps).to(dtype)
+
+    def rope(self, qkv: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, heads: int) -> None:
+        """Rotates in place the first `heads` heads of each row of `qkv`; `cos` and `sin` are [positions, dim / 2]."""
+        half = cos.shape[-1]
+        rotated = qkv[:, : heads * 2 * half].unflatten(1, (heads, 2, half))
+        low, high = rotated.float().unbind(2)
+        c, s = cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
+        rotated.copy_(torch.stack((low * c - high * s, high * c + low * s), dim=2))
+
+    def attention(self, qkv: Tensor, bounds: Tensor, heads: int, kv_heads: int) -> Tensor:
+        """Causal attention within each sequence of a packed row.
+
+        `qkv` is [rows, (heads + 2 * kv_heads) * dim]; sequence s is rows bounds[s]:bounds[s + 1]; the result is
+        [rows, heads * dim].
+        """
+        q, k, v = qkv.unflatten(1, (heads + 2 * kv_heads, -1)).split((heads, kv_heads, kv_heads), dim=1)
+        out = torch.empty_like(q)
+        for start, end in pairwise(bounds.tolist()):
+            if start == end:
+                continue
+            own_q, own_k, own_v = (t[start:end].transpose(0, 1).unsqueeze(0) for t in (q, k, v))
+            attended = F.scaled_dot_product_attention(own_q, own_k, own_v, is_causal=True, enable_gqa=True)
+            out[start:end] = attended.squeeze(0).transpose(0, 1)
+        return out.flatten(1)
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """silu(gate) * up, for `gate_up` [rows, 2 * inner] -> [rows, inner]."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+
+class CudaKernels(TorchKernels):
+    """Torch on CUDA: the library's attention over packed rows, each bucket compiled once and replayed as a graph."""
+
+    name = "torch-cuda"
+
+    def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        return lambda x: F.linear(x, weight, bias)
+
+    def bucket(self, tokens: int) -> int:
+        return max(64, 1 << (tokens - 1).bit_length())
+
+    def slots(self, used: int, rows: int) -> int:
+        return max(rows // 4, self.bucket(used) if used > rows // 4 else 0)  # so that rows alone decide the shapes
+
+    def compile(self, function: Pass) -> Pass:
+        torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
+        return torch.compile(function, mode="reduce-overhead", dynamic=False)
+
+    def attention(self, qkv: Tensor, bounds: Tensor, heads: int, kv_heads: int) -> Tensor:
+        q, k, v = qkv.unflatten(1, (heads + 2 * kv_heads, -1)).split((heads, kv_heads, kv_heads), dim=1)
+        longest = len(qkv)  # a bound that is fixed for the bucket, so that graphs can be replayed
+        # num_splits=1: the order of reduction does not depend on the batch.
+        out = varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=(-1, 0), enable_gqa=True, num_splits=1)
+        assert isinstance(out, Tensor), "only a call that asks for more gets a tuple"
+        return out.flatten(1)
+
+
+_LEVELS: Final = {"AVX512": "v4", "AVX2": "v3"}  # what torch found the processor to be, to the level of x86-64
+
+
+class NativeKernels(TorchKernels):
+    """guard/model/native/kernels.cpp between oneDNN's products; for float32 and bfloat16 on the CPU."""
+
+    def __init__(self, library: str, name: str) -> None:
+        self.name = name
+        self._library = ctypes.CDLL(library)
+
+    @classmethod
+    def find(cls) -> "NativeKernels | None":
+        """The library built for this processor, or None where there is none."""
+        level = _LEVELS.get(torch.backends.cpu.get_cpu_capability())
+        spec = importlib.util.find_spec(f"guard.model._native_{level}")
+        if spec is None or spec.origin is None:
+            return None
+        return cls(spec.origin, f"native-x86-64-{level}")
+
+    def _call(self, function: str, dtype: torch.dtype, *arguments: Tensor | int | float | None) -> None:
+        suffix = "f32" if dtype == torch.float32 else "bf16"
+        self._library[f"guard_{function}_{suffix}"](*map(_as_c, arguments))
+
+    def add_rms_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        if delta is not None and delta.dtype != dtype:  # after the last layer: bfloat16 in, float32 out
+            x, delta = x.add_(delta), None
+        out = torch.empty_like(x, dtype=dtype)
+        self._call("add_rms_norm", dtype, x, delta, weight, out, *x.shape, eps)
+        return out
+
+    def rope(self, qkv: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, heads: int) -> None:
+        self._call("rope", qkv.dtype, qkv, positions, cos, sin, *qkv.shape, heads, 2 * cos.shape[-1])
+
+    def attention(self, qkv: Tensor, bounds: Tensor, heads: int, kv_heads: int) -> Tensor:
+        dim = qkv.shape[1] // (heads + 2 * kv_heads)
+        if dim % 64:  # the width of the library's tiles
+            return super().attention(qkv, bounds, heads, kv_heads)
+        out = qkv.new_empty(len(qkv), heads * dim)
+        self._call("attention", qkv.dtype, qkv, bounds, len(bounds) - 1, out, heads, kv_heads, dim)
+        return out
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        out = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
+        self._call("silu_mul", gate_up.dtype, gate_up, out, *out.shape)
+        return out
+
+
+def _as_c(argument: Tensor | int | float | None) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.c_float:
+    match argument:
+        case None:
+            return ctypes.c_void_p(None)
+        case Tensor():
+            assert argument.is_contiguous(), "the library reads whole rows"
+            return ctypes.c_void_p(argument.data_ptr())
+        case int():
+            return ctypes.c_int64(argument)
+        case float():
+            return ctypes.c_float(argument)
+
+
+def fastest(device: torch.device) -> TorchKernels:
+    """The form that is fastest on `device`."""
+    if device.type == "cuda":
+        return CudaKernels()
+    return NativeKernels.find() or TorchKernels()

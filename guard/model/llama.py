@@ -1,0 +1,163 @@
+"""One packed forward pass of a Llama decoder, for every Hugging Face LlamaForCausalLM checkpoint."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from guard.errors import CheckpointError
+from guard.model.kernels import Linear, TorchKernels
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """What of a checkpoint's config.json the forward pass depends on."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    eps: float
+    max_positions: int
+    rope: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any]) -> "LlamaConfig":
+        """From the parsed config.json, of transformers before or since version 5; CheckpointError if not a Llama."""
+        if config.get("model_type") != "llama" or config.get("hidden_act", "silu") != "silu":
+            raise CheckpointError("config.json: expected model_type llama with hidden_act silu")
+        rope = config.get("rope_parameters") or {"rope_type": "default", **(config.get("rope_scaling") or {})}
+        rope = {"rope_theta": config.get("rope_theta", 10000.0), **rope}
+        if rope["rope_type"] not in ("default", "llama3"):
+            raise CheckpointError(f"config.json: RoPE of type {rope['rope_type']!r} is not supported")
+        heads = config["num_attention_heads"]
+        return cls(
+            hidden=config["hidden_size"],
+            layers=config["num_hidden_layers"],
+            heads=heads,
+            kv_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            eps=config["rms_norm_eps"],
+            max_positions=config["max_position_embeddings"],
+            rope=rope,
+        )
+
+
+def rope_frequencies(config: LlamaConfig) -> Tensor:
+    """Radians per position, float32 [head_dim / 2], with long waves stretched for checkpoints with Llama 3's scaling.
+
+    Source: `apply_scaling` in meta-llama/llama-models.
+    """
+    rope = config.rope
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    frequencies = torch.pow(rope["rope_theta"], -exponents)
+    if rope["rope_type"] == "default":
+        return frequencies
+    wavelengths = 2 * math.pi / frequencies
+    trained, low, high = rope["original_max_position_embeddings"], rope["low_freq_factor"], rope["high_freq_factor"]
+    kept = ((trained / wavelengths - low) / (high - low)).clamp(
+        0, 1
+    )  # 1 for short waves, 0 for those stretched in full
+    scaled: Tensor = frequencies * (kept + (1 - kept) / rope["factor"])
+    return scaled
+
+
+class _Layer(NamedTuple):
+    attention_norm: Tensor
+    qkv: Linear
+    out: Linear
+    mlp_norm: Tensor
+    gate_up: Linear
+    down: Linear
+
+
+class Llama:
+    """The decoder without its language-model head: packed batches in, hidden states, or what a head makes of them, out.
+
+    `tensors` holds the checkpoint's tensors under their Hugging Face names (with or without the `model.` prefix), on
+    the device and in the type to compute in. What is used is taken out of it, so that weights laid out anew for the
+    processor do not stand in memory twice. `head` takes float32 [rows, hidden].
+    """
+
+    def __init__(
+        self, config: LlamaConfig, tensors: dict[str, Tensor], kernels: TorchKernels, head: Linear | None = None
+    ) -> None:
+        prefix = "model." if "model.embed_tokens.weight" in tensors else ""
+
+        def take(name: str) -> Tensor:
+            try:
+                return tensors.pop(prefix + name)
+            except KeyError:
+                raise CheckpointError(f"the checkpoint has no tensor {prefix}{name}") from None
+
+        def linear(layer: int, block: str, *names: str) -> Linear:
+            stems = [f"layers.{layer}.{block}.{name}_proj" for name in names]
+            weight = torch.cat([take(f"{stem}.weight") for stem in stems])
+            biased = f"{prefix}{stems[0]}.bias" in tensors
+            return kernels.linear(weight, torch.cat([take(f"{stem}.bias") for stem in stems]) if biased else None)
+
+        self.config = config
+        self._kernels = kernels
+        self._head = head
+        self._embedding = take("embed_tokens.weight")
+        self.device, self.dtype = self._embedding.device, self._embedding.dtype
+        self._layers = [
+            _Layer(
+                attention_norm=take(f"layers.{i}.input_layernorm.weight").float(),
+                qkv=linear(i, "self_attn", "q", "k", "v"),
+                out=linear(i, "self_attn", "o"),
+                mlp_norm=take(f"layers.{i}.post_attention_layernorm.weight").float(),
+                gate_up=linear(i, "mlp", "gate", "up"),
+                down=linear(i, "mlp", "down"),
+            )
+            for i in range(config.layers)
+        ]
+        self._norm = take("norm.weight").float()
+        angles = torch.outer(torch.arange(config.max_positions, dtype=torch.float32), rope_frequencies(config))
+        self._cos, self._sin = angles.cos().to(self.device), angles.sin().to(self.device)
+        self._pass = kernels.compile(self._blocks)
+
+    @torch.inference_mode()
+    def read(self, sequences: Sequence[Sequence[int]], reads: Sequence[Sequence[int]]) -> Tensor:
+        """What the head makes of the hidden states after the final norm; float32 [sum of reads, ...], on the CPU.
+
+        `sequences` are token ids, one list a sequence; `reads[i]` are the positions to read of sequence i, in order.
+        The sequences stand in one row without padding between them; only the end of the row is padded to a bucket.
+        """
+        lengths = [len(sequence) for sequence in sequences]
+        rows = self._kernels.bucket(sum(lengths))
+        padding = rows - sum(lengths)  # read as one more sequence
+        ids = [token for sequence in sequences for token in sequence] + [0] * padding
+        positions = [position for length in lengths for position in range(length)] + [0] * padding
+        bounds = [0, *accumulate((*lengths, padding))]
+        wanted = [bounds[i] + position for i, row in enumerate(reads) for position in row]
+        count = len(wanted)
+        wanted += [0] * (self._kernels.slots(count, rows) - count)
+        bounds += [rows] * (self._kernels.slots(len(bounds), rows) - len(bounds))  # sequences without tokens
+
+        def on_device(values: list[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int32).to(self.device, non_blocking=True)
+
+        out: Tensor = self._pass(*map(on_device, (ids, positions, bounds, wanted)))
+        return out[:count].cpu()
+
+    def _blocks(self, ids: Tensor, positions: Tensor, bounds: Tensor, wanted: Tensor) -> Tensor:
+        """ids, positions [T], bounds [S + 1], wanted [R], all int32 -> float32 [R, ...]."""
+        kernels, config = self._kernels, self.config
+        x = self._embedding[ids].float()  # [T, hidden], the residual stream
+        delta = None
+        for i, layer in enumerate(self._layers):
+            qkv = layer.qkv(kernels.add_rms_norm(x, delta, layer.attention_norm, config.eps, self.dtype))
+            kernels.rope(qkv, positions, self._cos, self._sin, config.heads + config.kv_heads)
+            context = kernels.attention(qkv, bounds, config.heads, config.kv_heads)
+            if i + 1 == config.layers:  # no later layer looks at the other tokens
+                x, context = x[wanted], context[wanted]
+            gate_up = layer.gate_up(kernels.add_rms_norm(x, layer.out(context), layer.mlp_norm, config.eps, self.dtype))
+            delta = layer.down(kernels.silu_mul(gate_up))
+        hidden = kernels.add_rms_norm(x, delta, self._norm, config.eps, torch.float32)
+        return self._head(hidden) if self._head else hidden

@@ -1,0 +1,196 @@
+"""The packed forward pass against transformers, and against itself in other batches."""
+
+import functools
+import json
+from collections.abc import Sequence
+from random import Random
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from guard.errors import CheckpointError
+from guard.model.checkpoint import load_tensors, read_checkpoint
+from guard.model.kernels import CudaKernels, NativeKernels, TorchKernels
+from guard.model.llama import Llama, LlamaConfig
+from guard.settings import Settings
+
+
+class CudaShapes(TorchKernels):
+    """Computes as torch does on the CPU, in the shapes that CUDA graphs are made for."""
+
+    bucket = CudaKernels.bucket
+    slots = CudaKernels.slots
+
+
+FORMS: dict[str, TorchKernels] = {"torch": TorchKernels(), "CUDA's shapes": CudaShapes()}
+if native := NativeKernels.find():
+    FORMS["native"] = native
+
+# Every length that a block of attention or a bucket of rows begins or ends at, and some between.
+LENGTHS = (1, 2, 15, 16, 17, 63, 64, 65, 130)
+
+
+def llama3_style() -> transformers.LlamaForCausalLM:
+    """Random weights in the shape of Llama 3: grouped queries, stretched RoPE, untied embeddings."""
+    torch.manual_seed(3)
+    config = transformers.LlamaConfig(
+        vocab_size=500,
+        hidden_size=256,
+        intermediate_size=448,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=1024,
+        tie_word_embeddings=False,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def biased() -> transformers.LlamaForCausalLM:
+    """Biases everywhere, no grouping, and a head width that the native kernels leave to torch."""
+    torch.manual_seed(4)
+    config = transformers.LlamaConfig(
+        vocab_size=500,
+        hidden_size=96,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=24,
+        max_position_embeddings=512,
+        attention_bias=True,
+        mlp_bias=True,
+    )
+    model = transformers.LlamaForCausalLM(config)
+    for parameter in model.parameters():  # biases begin as zeros, which would hide their absence
+        torch.nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+def embedded() -> transformers.LlamaForCausalLM:
+    """The backbone that Guard ships."""
+    checkpoint = read_checkpoint(Settings().model)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**checkpoint.config))
+    tensors = {
+        name: tensor for name, tensor in load_tensors(Settings().model, torch.float32).items() if "score" not in name
+    }
+    model.load_state_dict(tensors, strict=False)
+    return model
+
+
+MODELS = {"embedded": embedded, "llama3": llama3_style, "biased": biased}
+
+
+@functools.cache
+def reference(name: str) -> transformers.LlamaForCausalLM:
+    model = MODELS[name]()
+    model.eval()
+    return model
+
+
+@functools.cache
+def packed(name: str, form: str, dtype: torch.dtype = torch.float32) -> Llama:
+    model = reference(name)
+    tensors = {key: value.to(dtype) for key, value in model.state_dict().items()}
+    return Llama(LlamaConfig.read(json.loads(model.config.to_json_string())), tensors, FORMS[form])
+
+
+def random_ids(length: int, seed: int) -> list[int]:
+    chooser = Random(seed)
+    return [chooser.randrange(500) for _ in range(length)]
+
+
+def read_all(model: Llama, sequences: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
+    """Hidden states of every token, one tensor a sequence."""
+    hidden = model.read(sequences, [range(len(sequence)) for sequence in sequences])
+    return torch.split(hidden, [len(sequence) for sequence in sequences])
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", MODELS)
+def test_hidden_states_are_those_of_transformers(name: str, form: str) -> None:
+    """In float32 the two differ by less than 1e-4 of the largest hidden state."""
+    sequences = [random_ids(length, seed=length) for length in LENGTHS]
+    found = read_all(packed(name, form), sequences)
+    for sequence, own in zip(sequences, found, strict=True):
+        with torch.no_grad():
+            theirs = reference(name).model(torch.tensor([sequence])).last_hidden_state[0]
+        assert (own - theirs).abs().max() <= 1e-4 * theirs.abs().max()
+
+
+batches = given(lengths=st.lists(st.integers(1, 100), min_size=2, max_size=5), random=st.randoms(use_true_random=False))
+
+
+@settings(deadline=None, max_examples=10)
+@batches
+def test_the_embedded_model_does_not_depend_on_the_batch(lengths: list[int], random: Random) -> None:
+    """Alone, or in any batch and any order, a sequence gives the same bits; in the form that is served."""
+    hold_batch_invariance(packed("embedded", next(reversed(FORMS))), lengths, random)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@settings(deadline=None, max_examples=20)
+@batches
+def test_no_form_depends_on_the_batch(form: str, dtype: torch.dtype, lengths: list[int], random: Random) -> None:
+    """So it is in torch alone and with native kernels, in float32 and in bfloat16."""
+    hold_batch_invariance(packed("llama3", form, dtype), lengths, random)
+
+
+def hold_batch_invariance(model: Llama, lengths: list[int], random: Random) -> None:
+    sequences = [random_ids(length, seed) for seed, length in enumerate(lengths)]
+    together = read_all(model, sequences)
+    order = random.sample(range(len(sequences)), len(sequences))
+    shuffled = read_all(model, [sequences[i] for i in order])
+    for place, i in enumerate(order):
+        assert torch.equal(shuffled[place], together[i])
+    (alone,) = read_all(model, [sequences[order[0]]])
+    assert torch.equal(alone, together[order[0]])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_position_reads_the_same_whatever_follows(form: str) -> None:
+    """One pass gives every turn what a pass that ends there gives: to the bit, but for torch's own attention."""
+    model = packed("llama3", form)
+    ids = random_ids(150, seed=0)
+    ends = [0, 16, 63, 64, 100, 149]
+    together = model.read([ids], [ends])
+    for row, end in zip(together, ends, strict=True):
+        ending = model.read([ids[: end + 1]], [[end]])[0]
+        torch.testing.assert_close(row, ending, rtol=0, atol=0 if form == "native" else 1e-4)
+
+
+def test_forms_agree() -> None:
+    """The native kernels differ from torch by rounding alone."""
+    sequences = [random_ids(length, seed=length) for length in LENGTHS]
+    theirs, *others = (torch.cat(read_all(packed("embedded", form), sequences)) for form in FORMS)
+    for own in others:
+        assert (own - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+def test_what_is_no_llama_is_refused() -> None:
+    """Another architecture, another activation, another RoPE or a tensor that is missing: each says what is wrong."""
+    config = json.loads(reference("llama3").config.to_json_string())
+    with pytest.raises(CheckpointError, match="model_type"):
+        LlamaConfig.read(config | {"model_type": "mistral"})
+    with pytest.raises(CheckpointError, match="hidden_act"):
+        LlamaConfig.read(config | {"hidden_act": "gelu"})
+    with pytest.raises(CheckpointError, match="'yarn'"):
+        LlamaConfig.read(config | {"rope_parameters": {"rope_type": "yarn"}})
+    tensors = dict(reference("llama3").state_dict())
+    del tensors["model.layers.2.mlp.up_proj.weight"]
+    with pytest.raises(CheckpointError, match=r"model\.layers\.2\.mlp\.up_proj\.weight"):
+        Llama(LlamaConfig.read(config), tensors, TorchKernels())
