@@ -1,0 +1,1 @@
+"""From many waiting callers to full batches of the model, and back to each caller."""

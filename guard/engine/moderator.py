@@ -1,0 +1,158 @@
+"""The way of a request, from a conversation to a decision."""
+
+import asyncio
+import time
+import uuid
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Protocol, Self
+
+from guard.engine.batcher import Batcher
+from guard.errors import ConfigError, ModelFailed
+from guard.model.turn_classifier import TurnClassifier
+from guard.policy.compile import Policy, unknown_hazards
+from guard.policy.decide import decide, decide_without_scores
+from guard.policy.store import PolicyStore
+from guard.settings import Settings
+from guard.telemetry import Telemetry
+from guard.types import (
+    Conversation,
+    Decision,
+    Lane,
+    ModelInfo,
+    Revision,
+    Role,
+    Scores,
+    Span,
+    Timings,
+    Tokens,
+    Turn,
+    Verdict,
+)
+
+_BATCH_TOKENS = {"cpu": 512, "cuda": 16_384}  # where larger batches hardly gain throughput, and only add waiting
+_TOKEN_CHARACTERS = 4  # of a token, about
+
+
+class Classifier(Protocol):
+    """A model that reads conversations; see guard.model.turn_classifier. `score` is never called twice at a time."""
+
+    info: ModelInfo
+
+    def tokenise(self, conversation: Conversation) -> tuple[Tokens, ...]: ...
+
+    def score(self, batch: Sequence[Tokens]) -> list[tuple[Scores, ...]]: ...
+
+
+class Moderator:
+    """Judges conversations with one model, under any of its policies."""
+
+    def __init__(
+        self,
+        classifier: Classifier,
+        policies: PolicyStore,
+        telemetry: Telemetry,
+        *,
+        max_batch_tokens: int,
+        max_queue_seconds: float,
+    ) -> None:
+        """Blocks until the model has warmed up. Raises ConfigError for a policy over hazards that it does not score."""
+        self.model = classifier.info
+        self.policies = policies
+        for policy in policies.policies:
+            if unknown := ", ".join(unknown_hazards(policy, self.model.hazards)):
+                raise ConfigError(f"policy {policy.name}: {self.model.revision.name} does not score {unknown}")
+        self._tokenise = classifier.tokenise
+        self._tokenising = ThreadPoolExecutor(1, thread_name_prefix="tokenise")
+        self._batcher = Batcher(
+            classifier.score,
+            max_batch_tokens=max_batch_tokens,
+            max_queue_seconds=max_queue_seconds,
+            rate=_warm_up(classifier, max_batch_tokens),
+            telemetry=telemetry,
+        )
+
+    @classmethod
+    def load(cls, settings: Settings, telemetry: Telemetry) -> Self:
+        """Loads policies and model as the settings say; blocks. Raises ConfigError where one cannot be used."""
+        policies = PolicyStore.load(settings.policies, settings.default_policy)
+        classifier = TurnClassifier(settings.model, settings.device, settings.dtype, settings.threads)
+        device = classifier.info.device.partition(":")[0]
+        return cls(
+            classifier,
+            policies,
+            telemetry,
+            max_batch_tokens=settings.max_batch_tokens or _BATCH_TOKENS[device],
+            max_queue_seconds=settings.max_queue_seconds,
+        )
+
+    async def judge(
+        self,
+        conversation: Conversation,
+        *,
+        policy: str = "",
+        lane: Lane = Lane.INTERACTIVE,
+        deadline: float | None = None,
+    ) -> Decision:
+        """Verdicts for the turns that the conversation asks for, under one policy from start to end.
+
+        `deadline` is in time.monotonic() seconds. Raises InputError, NotFound, Draining, Overloaded and Expired; where
+        the model fails, the policy's on_error answers and the verdict is degraded. Cancelling drops the request.
+        """
+        rules = self.policies.get(policy)
+        size = min(sum(len(turn.text) for turn in conversation.turns) // _TOKEN_CHARACTERS, self.model.max_tokens)
+        started = time.monotonic()
+        with self._batcher.arriving(lane, size):  # refuses before anything is spent
+            loop = asyncio.get_running_loop()
+            windows = await loop.run_in_executor(self._tokenising, self._tokenise, conversation)
+        timings = Timings(tokenise=time.monotonic() - started)
+        verdicts: list[Verdict] = []
+        for tokens in windows:
+            scores: Sequence[Scores | None]
+            try:
+                scores, queue, model = await self._batcher.score(tokens, lane, deadline)
+                timings = replace(timings, queue=timings.queue + queue, model=timings.model + model)
+            except ModelFailed:
+                scores = [None] * len(tokens.spans)
+            for span, own in zip(tokens.spans, scores, strict=True):
+                verdicts.append(_verdict(rules, conversation.turns[span.turn].role, span, own))
+            lane = Lane.BULK  # the rest of a long conversation waits its turn, and is no longer refused
+        return Decision(
+            id=uuid.uuid4().hex,
+            verdicts=tuple(verdicts),
+            policy=Revision(rules.name, rules.revision),
+            model=self.model.revision,
+            timings=timings,
+        )
+
+    async def drain(self) -> None:
+        """Refuses what is new with Draining, and waits for what is queued."""
+        await self._batcher.drain()
+
+    def close(self) -> None:
+        """Ends the threads; blocks for the batch that the model may be at."""
+        self._batcher.close()
+        self._tokenising.shutdown()
+
+
+def _verdict(policy: Policy, role: Role, span: Span, scores: Scores | None) -> Verdict:
+    if scores is None:
+        return Verdict(span.turn, decide_without_scores(policy, role), (), None, span.coverage, degraded=True)
+    action, violations = decide(policy, role, scores)
+    return Verdict(span.turn, action, violations, scores, span.coverage)
+
+
+def _warm_up(classifier: Classifier, max_batch_tokens: int) -> float:
+    """Runs small to full batches, so that whatever is compiled or cached is; the tokens a second of a full one."""
+    conversation = Conversation((Turn(Role.USER, "warm up"),), 0)
+    (tokens,) = classifier.tokenise(conversation)
+    full = max(1, max_batch_tokens // len(tokens.ids))
+    rows = 1
+    while rows < full:
+        classifier.score([tokens] * rows)
+        rows *= 2
+    classifier.score([tokens] * full)
+    started = time.monotonic()
+    classifier.score([tokens] * full)
+    return full * len(tokens.ids) / (time.monotonic() - started)
