@@ -1,0 +1,338 @@
+"""Clients of a Guard server: asynchronous, and a synchronous twin.
+
+    async with Client("localhost:50051") as guard:
+        answer = await guard.check([("user", "Hello!")])
+
+Answers are messages of guard.v1. Errors are those of guard.errors, each with its grpc.RpcError as the cause:
+InputError, NotFound, Unauthenticated, Overloaded (which says when to come back), Expired, and Unanswered for whatever
+else leaves a request without an answer, such as a server that cannot be reached.
+"""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TypedDict, TypeVar, Unpack
+
+import grpc
+from google.rpc import error_details_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_status import rpc_status
+
+from guard.errors import Expired, GuardError, InputError, NotFound, Overloaded, Unanswered, Unauthenticated
+from guard.v1 import moderation_pb2 as pb
+from guard.v1.moderation_pb2_grpc import ModerationStub
+
+if TYPE_CHECKING:  # there in the types alone
+    from guard.v1.moderation_pb2_grpc import ModerationAsyncStub
+
+TurnLike = pb.Turn | tuple[str, str]
+"""A turn, or its role ("user", "agent", "system" or "tool") and text."""
+
+_Item = TypeVar("_Item")
+_Request = TypeVar("_Request", pb.CheckRequest, pb.CheckConversationRequest)
+
+_ROLES = {"user": pb.ROLE_USER, "agent": pb.ROLE_AGENT, "system": pb.ROLE_SYSTEM, "tool": pb.ROLE_TOOL}
+_RETRIES = {
+    "methodConfig": [
+        {
+            "name": [{"service": "guard.v1.Moderation"}],
+            "retryPolicy": {
+                "maxAttempts": 4,
+                "initialBackoff": "0.05s",
+                "maxBackoff": "2s",
+                "backoffMultiplier": 3,
+                "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
+            },
+        }
+    ]
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """In PEM: whom to trust instead of the system's authorities, and for mutual TLS one's own certificate and key."""
+
+    ca: bytes | None = None
+    cert: bytes | None = None
+    key: bytes | None = None
+
+
+class ConversationOptions(TypedDict, total=False):
+    """Fields of a CheckConversationRequest beside its turns."""
+
+    policy: str
+    conversation_id: str
+    metadata: Mapping[str, str]
+    score_detail: pb.ScoreDetail.ValueType
+
+
+class CheckOptions(ConversationOptions, total=False):
+    """Fields of a CheckRequest beside its turns."""
+
+    target: int
+
+
+def check_request(turns: Iterable[TurnLike] | pb.CheckRequest, **options: Unpack[CheckOptions]) -> pb.CheckRequest:
+    """Asks about the turn at `target`, by default the last. Raises InputError for a role that there is not."""
+    request = pb.CheckRequest(**options)
+    if isinstance(turns, pb.CheckRequest):
+        return _merged(turns, request)
+    request.turns.extend(map(_turn, turns))
+    return request
+
+
+def conversation_request(
+    turns: Iterable[TurnLike] | pb.CheckConversationRequest, **options: Unpack[ConversationOptions]
+) -> pb.CheckConversationRequest:
+    """Asks about every turn. Raises InputError for a role that there is not."""
+    request = pb.CheckConversationRequest(**options)
+    if isinstance(turns, pb.CheckConversationRequest):
+        return _merged(turns, request)
+    request.turns.extend(map(_turn, turns))
+    return request
+
+
+class Client:
+    """Calls a server at HOST:PORT from within an event loop.
+
+    `timeout` is in seconds and for each call, streams aside. Calls that are refused for now, or find no server, are
+    tried again up to three times within it, unless `retries` is off.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        *,
+        token: str | None = None,
+        tls: Tls | None = None,
+        timeout: float | None = 10.0,
+        retries: bool = True,
+    ) -> None:
+        self._channel: grpc.aio.Channel = _open(grpc.aio, target, tls, retries)
+        self._stub: ModerationAsyncStub = ModerationStub(self._channel)
+        self._metadata = _metadata(token)
+        self._timeout = timeout
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+    async def check(
+        self, turns: Iterable[TurnLike] | pb.CheckRequest, **options: Unpack[CheckOptions]
+    ) -> pb.CheckResponse:
+        """A verdict on the last turn, or the one at `target`."""
+        with _translated():
+            return await self._stub.Check(
+                check_request(turns, **options), timeout=self._timeout, metadata=self._metadata
+            )
+
+    async def check_conversation(
+        self, turns: Iterable[TurnLike] | pb.CheckConversationRequest, **options: Unpack[ConversationOptions]
+    ) -> pb.CheckConversationResponse:
+        """A verdict on every turn."""
+        with _translated():
+            return await self._stub.CheckConversation(
+                conversation_request(turns, **options), timeout=self._timeout, metadata=self._metadata
+            )
+
+    async def check_many(
+        self, requests: AsyncIterable[pb.CheckManyRequest] | Iterable[pb.CheckManyRequest]
+    ) -> AsyncGenerator[pb.CheckManyResponse, None]:
+        """Answers in the order they finish; thousands may be in flight, and the server paces the taking of `requests`.
+
+        A request that gets no answer gets an `error`. What `requests` raises ends the stream and is raised here.
+        """
+        failures: list[Exception] = []
+
+        async def taken() -> AsyncIterator[pb.CheckManyRequest]:
+            try:
+                async for request in _each(requests):
+                    yield request
+            except Exception as error:
+                failures.append(error)
+                raise
+
+        call = self._stub.CheckMany(taken(), metadata=self._metadata)
+        try:
+            with _translated():
+                async for response in call:
+                    yield response
+        except asyncio.CancelledError:  # what gRPC makes of an error in `requests`
+            if failures:
+                raise failures[0] from None
+            raise
+        finally:
+            call.cancel()
+
+    async def model(self) -> pb.GetModelResponse:
+        with _translated():
+            return await self._stub.GetModel(pb.GetModelRequest(), timeout=self._timeout, metadata=self._metadata)
+
+    async def policies(self) -> pb.ListPoliciesResponse:
+        with _translated():
+            return await self._stub.ListPolicies(
+                pb.ListPoliciesRequest(), timeout=self._timeout, metadata=self._metadata
+            )
+
+    async def policy(self, name: str = "") -> pb.Policy:
+        """The policy of that name, or the default one."""
+        with _translated():
+            return (
+                await self._stub.GetPolicy(
+                    pb.GetPolicyRequest(name=name), timeout=self._timeout, metadata=self._metadata
+                )
+            ).policy
+
+    async def serving(self) -> bool:
+        """Whether the server says that it is ready to judge; it is not while it loads and while it drains."""
+        stub: Any = health_pb2_grpc.HealthStub(self._channel)
+        with _translated():
+            answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=self._timeout)
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+class SyncClient:
+    """The same as Client, for code without an event loop; may be shared by threads."""
+
+    def __init__(
+        self,
+        target: str,
+        *,
+        token: str | None = None,
+        tls: Tls | None = None,
+        timeout: float | None = 10.0,
+        retries: bool = True,
+    ) -> None:
+        self._channel: grpc.Channel = _open(grpc, target, tls, retries)
+        self._stub: ModerationStub = ModerationStub(self._channel)
+        self._metadata = _metadata(token)
+        self._timeout = timeout
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def check(self, turns: Iterable[TurnLike] | pb.CheckRequest, **options: Unpack[CheckOptions]) -> pb.CheckResponse:
+        with _translated():
+            return self._stub.Check(check_request(turns, **options), timeout=self._timeout, metadata=self._metadata)
+
+    def check_conversation(
+        self, turns: Iterable[TurnLike] | pb.CheckConversationRequest, **options: Unpack[ConversationOptions]
+    ) -> pb.CheckConversationResponse:
+        with _translated():
+            request = conversation_request(turns, **options)
+            return self._stub.CheckConversation(request, timeout=self._timeout, metadata=self._metadata)
+
+    def check_many(self, requests: Iterable[pb.CheckManyRequest]) -> Generator[pb.CheckManyResponse, None, None]:
+        """As Client.check_many; `requests` is run through on a thread of gRPC's."""
+        call = self._stub.CheckMany(iter(requests), metadata=self._metadata)
+        try:
+            with _translated():
+                yield from call
+        finally:
+            call.cancel()
+
+    def model(self) -> pb.GetModelResponse:
+        with _translated():
+            return self._stub.GetModel(pb.GetModelRequest(), timeout=self._timeout, metadata=self._metadata)
+
+    def policies(self) -> pb.ListPoliciesResponse:
+        with _translated():
+            return self._stub.ListPolicies(pb.ListPoliciesRequest(), timeout=self._timeout, metadata=self._metadata)
+
+    def policy(self, name: str = "") -> pb.Policy:
+        with _translated():
+            request = pb.GetPolicyRequest(name=name)
+            return self._stub.GetPolicy(request, timeout=self._timeout, metadata=self._metadata).policy
+
+    def serving(self) -> bool:
+        stub: Any = health_pb2_grpc.HealthStub(self._channel)
+        with _translated():
+            answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=self._timeout)
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+def _open(api: Any, target: str, tls: Tls | None, retries: bool) -> Any:
+    """A channel of grpc, or of grpc.aio."""
+    options = [
+        ("grpc.max_receive_message_length", -1),
+        ("grpc.enable_retries", int(retries)),
+        ("grpc.service_config", json.dumps(_RETRIES)),
+    ]
+    if tls is None:
+        return api.insecure_channel(target, options=options)
+    credentials = grpc.ssl_channel_credentials(tls.ca, tls.key, tls.cert)
+    return api.secure_channel(target, credentials, options=options)
+
+
+def _metadata(token: str | None) -> tuple[tuple[str, str], ...]:
+    return () if token is None else (("authorization", f"Bearer {token}"),)
+
+
+def _turn(turn: TurnLike) -> pb.Turn:
+    if isinstance(turn, pb.Turn):
+        return turn
+    role, text = turn
+    if role not in _ROLES:
+        raise InputError("role", f"should be one of {', '.join(_ROLES)}")
+    return pb.Turn(role=_ROLES[role], text=text)
+
+
+def _merged(given: _Request, options: _Request) -> _Request:
+    request = type(given)()
+    request.CopyFrom(given)
+    request.MergeFrom(options)
+    return request
+
+
+async def _each(items: AsyncIterable[_Item] | Iterable[_Item]) -> AsyncIterator[_Item]:
+    if isinstance(items, AsyncIterable):
+        async for item in items:
+            yield item
+    else:
+        for item in items:
+            yield item
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise _error(error) from error
+
+
+def _error(error: Any) -> GuardError:
+    """`error` is a grpc.RpcError that ended a call, and thus a call too."""
+    code, message = error.code(), error.details() or ""
+    status = rpc_status.from_call(error)
+    for detail in status.details if status else ():
+        hint, problems = error_details_pb2.RetryInfo(), error_details_pb2.BadRequest()
+        if detail.Unpack(hint):
+            return Overloaded(hint.retry_delay.ToMilliseconds() / 1000, message)
+        if detail.Unpack(problems):
+            problem = problems.field_violations[0]
+            kind = NotFound if code is grpc.StatusCode.NOT_FOUND else InputError
+            return kind(problem.field, problem.description)
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return Expired()
+    if code is grpc.StatusCode.UNAUTHENTICATED:
+        return Unauthenticated()
+    return Unanswered(f"{code.name}: {message}")

@@ -1,0 +1,166 @@
+"""Puts the service together: listens at once, serves when the model is there, and drains before it stops."""
+
+import asyncio
+import signal
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from types import TracebackType
+from typing import Self
+
+import grpc
+from aiohttp import web
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from guard.errors import ConfigError
+from guard.service.access import RateLimit, Tokens
+from guard.service.http import make_app
+from guard.service.interceptors import Calls
+from guard.service.moderation import Judge, Moderation
+from guard.settings import Settings
+from guard.telemetry import Telemetry, adopt_stdlib_logging
+from guard.v1 import moderation_pb2
+from guard.v1.moderation_pb2_grpc import add_ModerationServicer_to_server
+
+_SERVICE = moderation_pb2.DESCRIPTOR.services_by_name["Moderation"].full_name
+_SERVICES = (_SERVICE, health.SERVICE_NAME)
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_LAST_WORDS = 1.0  # seconds for answers that are given but still on their way
+
+
+class Server:
+    """The service on its two ports; an asynchronous context manager that is left with a drained server.
+
+    `load` makes the engine; it blocks, and runs on a thread of its own.
+    """
+
+    grpc_port: int
+    http_port: int
+
+    def __init__(self, settings: Settings, telemetry: Telemetry, load: Callable[[], Judge]) -> None:
+        self._settings = settings
+        self._log = telemetry.log
+        self._load = load
+        self._moderation = Moderation(settings, telemetry)
+        tokens = Tokens(settings.tokens_file, telemetry.log) if settings.tokens_file else None
+        limit = RateLimit(settings.client_rate, settings.client_burst) if settings.client_rate else None
+        self._calls = Calls(telemetry, tokens, limit)
+        self._health = health.aio.HealthServicer()
+        self._serving = False
+        self._grpc = grpc.aio.server(
+            interceptors=[self._calls],
+            options=[
+                ("grpc.max_receive_message_length", settings.max_message_bytes),
+                ("grpc.so_reuseport", 0),  # a port that is taken is an error
+            ],
+        )
+        add_ModerationServicer_to_server(self._moderation, self._grpc)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
+        reflection.enable_server_reflection((*_SERVICES, reflection.SERVICE_NAME), self._grpc)
+        self._http = web.AppRunner(make_app(telemetry.metrics.registry, lambda: self._serving), access_log=None)
+
+    async def __aenter__(self) -> Self:
+        """Listens, loads, and serves."""
+        try:
+            await self.listen()
+            await self.load()
+        except BaseException:
+            await self.stop()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+    async def listen(self) -> None:
+        """Answers on both ports, with Loading and NOT_SERVING for now. Raises ConfigError where a port is not free."""
+        settings = self._settings
+        await self._set_health(False)
+        try:
+            self.grpc_port = self._bind()
+        except RuntimeError:  # a certificate or key that is none ends here too
+            how = " with tls_cert and tls_key" if settings.tls_cert else ""
+            raise ConfigError(f"listen: {settings.listen} cannot be listened on{how}") from None
+        await self._grpc.start()
+        await self._http.setup()
+        host, _, port = settings.http.rpartition(":")
+        try:
+            await web.TCPSite(self._http, host.strip("[]"), int(port)).start()
+        except OSError:
+            raise ConfigError(f"http: {settings.http} cannot be listened on") from None
+        self.http_port = self._http.addresses[0][1]
+        self._log.info("listening", grpc=self.grpc_port, http=self.http_port, tls=settings.tls_cert is not None)
+
+    async def load(self) -> None:
+        """Gets the engine, and only then says SERVING."""
+        start = time.perf_counter()
+        self._moderation.judge = judge = await asyncio.to_thread(self._load)
+        await self._set_health(True)
+        revision = judge.model.revision
+        seconds = round(time.perf_counter() - start, 3)
+        self._log.info("serving", model=revision.name, revision=revision.revision, load_seconds=seconds)
+
+    async def stop(self) -> None:
+        """NOT_SERVING first; then finishes what is running, for as long as `drain_seconds`; then stops listening."""
+        self._log.info("draining")
+        self._serving = False
+        await self._health.enter_graceful_shutdown()
+        self._moderation.draining = True
+        judge = self._moderation.judge
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._settings.drain_seconds):
+                if judge is not None:
+                    await judge.drain()
+                await self._calls.idle()
+        await self._grpc.stop(_LAST_WORDS)
+        await self._http.cleanup()
+        if judge is not None:
+            judge.close()
+        self._log.info("stopped")
+
+    async def _set_health(self, serving: bool) -> None:
+        self._serving = serving
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for service in ("", _SERVICE):
+            await self._health.set(service, status)
+
+    def _bind(self) -> int:
+        settings = self._settings
+        if settings.tls_cert is None or settings.tls_key is None:
+            return self._grpc.add_insecure_port(settings.listen)
+        authorities = settings.tls_client_ca.read_bytes() if settings.tls_client_ca else None
+        pair = settings.tls_key.read_bytes(), settings.tls_cert.read_bytes()
+        credentials = grpc.ssl_server_credentials([pair], authorities, require_client_auth=authorities is not None)
+        return self._grpc.add_secure_port(settings.listen, credentials)
+
+
+def load_moderator(settings: Settings, telemetry: Telemetry) -> Judge:
+    from guard.engine.moderator import Moderator  # takes torch with it, for which listening need not wait
+
+    return Moderator.load(settings, telemetry)
+
+
+async def serve(settings: Settings, load: Callable[[Settings, Telemetry], Judge] = load_moderator) -> None:
+    """Serves until SIGTERM or SIGINT, then drains; a second signal ends the process at once.
+
+    Raises ConfigError where settings, policies or the model cannot be used.
+    """
+    telemetry = Telemetry.start(settings.log_level, settings.otlp_endpoint)
+    adopt_stdlib_logging(telemetry.log)
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def stop() -> None:
+        stopping.set()
+        for number in _STOP_SIGNALS:  # back to what the system does: end the process
+            loop.remove_signal_handler(number)
+
+    for number in _STOP_SIGNALS:
+        loop.add_signal_handler(number, stop)
+    async with Server(settings, telemetry, lambda: load(settings, telemetry)):
+        await stopping.wait()
+    if telemetry.tracing is not None:
+        telemetry.tracing.close()

@@ -1,0 +1,112 @@
+"""Small real stand-ins for what is slow to start."""
+
+import asyncio
+import itertools
+from types import MappingProxyType
+
+from guard.errors import Draining, Expired, Overloaded
+from guard.policy.compile import Category, Policy
+from guard.policy.decide import decide, decide_without_scores
+from guard.policy.store import PolicyStore
+from guard.types import (
+    Action,
+    Conversation,
+    Coverage,
+    Decision,
+    Lane,
+    ModelInfo,
+    Revision,
+    Role,
+    Scores,
+    Timings,
+    Turn,
+    Verdict,
+)
+
+THRESHOLDS = dict.fromkeys((Role.USER, Role.AGENT), ((Action.BLOCK, 0.75), (Action.FLAG, 0.5)))
+POLICY = Policy(
+    name="default",
+    revision="0123456789abcdef",
+    description="For tests.",
+    categories=(
+        Category("unsafe", "Unsafe", (), MappingProxyType(THRESHOLDS)),
+        Category("privacy", "Privacy", ("S7",), MappingProxyType(THRESHOLDS)),
+    ),
+    on_error=MappingProxyType(dict.fromkeys(Role, Action.BLOCK)),
+)
+LENIENT = Policy("lenient", "fedcba9876543210", "Lets all pass.", (), POLICY.on_error)
+MODEL = ModelInfo(Revision("words", "00ff"), "cpu", "float32", "words", 6, 2048, ("S7", "X1"))
+
+
+class WordJudge:
+    """An engine whose model is a handful of words.
+
+    "attack" is unsafe, "address" a matter of privacy. "full", "late", "bug" and "broken" in the judged turn make it
+    overloaded, expired, raise an exception that quotes the text, and fail to score; "wait" makes it wait for `gate`.
+    "busy once" makes it overloaded for its first request alone.
+    """
+
+    def __init__(self) -> None:
+        self.model = MODEL
+        self.policies = PolicyStore([POLICY, LENIENT], "default")
+        self.gate = asyncio.Event()
+        self.started = asyncio.Semaphore(0)  # one permit for every request that came to the gate
+        self.running = 0
+        self.lanes: list[Lane] = []
+        self.deadlines: list[float | None] = []
+        self.closed = False
+        self._draining = False
+        self._ids = itertools.count(1)
+
+    async def judge(
+        self,
+        conversation: Conversation,
+        *,
+        policy: str = "",
+        lane: Lane = Lane.INTERACTIVE,
+        deadline: float | None = None,
+    ) -> Decision:
+        if self._draining:
+            raise Draining
+        self.lanes.append(lane)
+        self.deadlines.append(deadline)
+        chosen = self.policies.get(policy)
+        self.running += 1
+        try:
+            last = conversation.turns[-1 if conversation.target is None else conversation.target]
+            await self._misbehave(last.text)
+        finally:
+            self.running -= 1
+        judged = range(len(conversation.turns)) if conversation.target is None else [conversation.target]
+        verdicts = tuple(self._verdict(chosen, index, conversation.turns[index]) for index in judged)
+        revision = Revision(chosen.name, chosen.revision)
+        return Decision(f"decision-{next(self._ids)}", verdicts, revision, MODEL.revision, Timings(0.25, 0.5, 1.0))
+
+    async def _misbehave(self, text: str) -> None:
+        if "busy once" in text and len(self.lanes) == 1:
+            raise Overloaded(0.001)
+        if "full" in text:
+            raise Overloaded(1.5)
+        if "late" in text:
+            raise Expired
+        if "bug" in text:
+            raise ValueError(text)
+        if "wait" in text:
+            self.started.release()
+            await self.gate.wait()
+
+    def _verdict(self, policy: Policy, index: int, turn: Turn) -> Verdict:
+        words = len(turn.text.split())
+        coverage = Coverage(words, words)
+        if "broken" in turn.text:
+            action = decide_without_scores(policy, turn.role)
+            return Verdict(index, action, (), None, coverage, degraded=True)
+        unsafe = 0.875 if "attack" in turn.text else 0.125
+        scores = Scores(unsafe, {"S7": 0.625 if "address" in turn.text else 0.0, "X1": 0.25})
+        return Verdict(index, *decide(policy, turn.role, scores), scores, coverage)
+
+    async def drain(self) -> None:
+        self._draining = True
+
+    def close(self) -> None:
+        self.closed = True

@@ -1,0 +1,151 @@
+"""The clients, against a real server."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+
+from guard.client import Client, SyncClient, check_request, conversation_request
+from guard.errors import Expired, GuardError, InputError, NotFound, Overloaded, Unanswered
+from guard.v1 import moderation_pb2 as pb
+from tests.conftest import Service, until
+
+HI = [("user", "Hi!")]
+
+
+def item(id: str, text: str = "Hi!") -> pb.CheckManyRequest:
+    return pb.CheckManyRequest(id=id, request=check_request([("user", text)]))
+
+
+def test_a_request_is_made_from_pairs_messages_or_another_request() -> None:
+    """All three say the same; options are added to what a given request says."""
+    turn = pb.Turn(role=pb.ROLE_USER, text="Hi!")
+    expected = pb.CheckRequest(turns=[turn], policy="strict", target=0, metadata={"a": "b"})
+    given = check_request([turn], policy="default", metadata={"a": "b"})
+    assert check_request(HI, policy="strict", target=0, metadata={"a": "b"}) == expected
+    assert check_request(given, policy="strict", target=0) == expected
+    assert given.policy == "default"
+    whole = pb.CheckConversationRequest(turns=[turn], policy="strict")
+    assert conversation_request(HI, policy="strict") == whole
+    assert conversation_request(whole) == whole
+
+
+def test_a_role_that_there_is_not_is_refused_before_it_is_sent() -> None:
+    """The message names the roles that there are."""
+    with pytest.raises(InputError, match=r"^role: should be one of user, agent, system, tool$"):
+        check_request([("assistant", "Hi!")])
+
+
+@pytest.mark.parametrize(
+    ("text", "policy", "error"),
+    [
+        ("Hi!", "none", NotFound("policy", "no policy is named 'none'")),
+        ("full", "", Overloaded(1.5)),
+        ("late", "", Expired()),
+        ("bug", "", Unanswered("INTERNAL: internal error")),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, GuardError) else None,
+)
+async def test_refusals_are_errors_of_their_kind(service: Service, text: str, policy: str, error: GuardError) -> None:
+    """Both clients raise what the server meant, with all that it said."""
+
+    def check() -> None:
+        with SyncClient(service.target, retries=False) as client:
+            client.check([("user", text)], policy=policy)
+
+    for call in (service.client.check([("user", text)], policy=policy), asyncio.to_thread(check)):
+        with pytest.raises(type(error)) as raised:
+            await call
+        assert str(raised.value) == str(error)
+        assert vars(raised.value) == vars(error)
+
+
+async def test_no_turns_are_the_callers_fault(service: Service) -> None:
+    """The field comes back with the error."""
+    with pytest.raises(InputError, match=r"^turns: at least one is needed$") as raised:
+        await service.client.check_conversation([])
+    assert raised.value.field == "turns"
+
+
+async def test_a_call_ends_by_its_timeout(service: Service) -> None:
+    """A server that takes too long leaves the caller with Expired, and drops the request."""
+    async with Client(service.target, timeout=0.05) as client:
+        with pytest.raises(Expired):
+            await client.check([("user", "wait")])
+
+
+async def test_a_refused_call_is_tried_again(service: Service) -> None:
+    """By default, and when the server says to: the call succeeds once the server is there for it."""
+    async with Client(service.target, timeout=60) as client:
+        call = asyncio.create_task(client.check([("user", "busy once")]))
+        assert (await call).verdict.action == pb.ACTION_ALLOW
+    assert len(service.judge.lanes) == 2
+
+
+async def test_a_server_that_is_not_there_is_told() -> None:
+    """It is Unanswered, with gRPC's own words."""
+    async with Client("localhost:1", retries=False) as client:
+        with pytest.raises(Unanswered, match=r"^UNAVAILABLE: "):
+            await client.check(HI)
+
+
+async def test_thousands_may_be_in_flight(service: Service) -> None:
+    """Every one of many requests is answered once."""
+    requests = [item(str(number)) for number in range(3000)]
+    answers = [answer async for answer in service.client.check_many(requests)]
+    assert sorted(int(answer.id) for answer in answers) == list(range(3000))
+    assert {answer.WhichOneof("result") for answer in answers} == {"response"}
+
+
+async def test_an_error_of_the_requests_is_the_callers(service: Service) -> None:
+    """What the caller's own iterator raises comes back as it is."""
+
+    async def requests() -> AsyncIterator[pb.CheckManyRequest]:
+        yield item("a")
+        raise LookupError("no more")
+
+    with pytest.raises(LookupError, match="no more"):
+        async for _ in service.client.check_many(requests()):
+            pass
+
+
+async def test_a_stream_that_its_taker_leaves_is_given_up(service: Service) -> None:
+    """The server drops what was in flight."""
+
+    def requests() -> Iterator[pb.CheckManyRequest]:
+        yield item("a")
+        yield from (item(str(number), "wait") for number in range(20))
+
+    answers = service.client.check_many(requests())
+    assert (await anext(answers)).id == "a"
+    await service.judge.started.acquire()
+    await answers.aclose()
+    await until(lambda: service.judge.running == 0)
+
+
+async def test_the_synchronous_client_does_what_the_other_does(service: Service) -> None:
+    """Every method gives the answer that the asynchronous one gives."""
+
+    def ask() -> list[object]:
+        with SyncClient(service.target) as client:
+            return [
+                client.check(HI).verdict,
+                client.check_conversation(HI).verdicts[0],
+                {answer.id: answer.response.verdict for answer in client.check_many(item(str(n)) for n in range(3))},
+                client.model(),
+                client.policies(),
+                client.policy("lenient"),
+                client.serving(),
+            ]
+
+    client = service.client
+    assert await asyncio.to_thread(ask) == [
+        (await client.check(HI)).verdict,
+        (await client.check_conversation(HI)).verdicts[0],
+        {str(n): (await client.check(HI)).verdict for n in range(3)},
+        await client.model(),
+        await client.policies(),
+        await client.policy("lenient"),
+        True,
+    ]
+    assert await client.serving()
