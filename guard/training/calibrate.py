@@ -1,0 +1,61 @@
+"""Turns a trained model's logits into probabilities, on rows it was not trained on."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from sklearn.linear_model import LogisticRegression
+
+from guard.errors import ConfigError
+from guard.model.chat import ChatTokenizer
+from guard.training.data import Example
+from guard.training.evaluate import HEADS, Bools, Floats, labels
+from guard.training.finetune import TurnModel, batches
+
+_LENGTHS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048)
+_TOKENS = 2048
+_FEW = 30  # positives; a hazard with fewer shares the fit of all hazards
+
+Calibration = Mapping[str, tuple[float, float]]
+
+
+def predict(model: TurnModel, examples: Sequence[Example], tokenizer: ChatTokenizer) -> Floats:
+    """Logits [rows, 1 + hazards], in the order of the examples."""
+    model.eval()
+    logits = np.empty((len(examples), len(HEADS)))
+    for batch in batches(examples, tokenizer, _LENGTHS, _TOKENS):
+        with torch.inference_mode():
+            logits[list(batch.places)] = model(batch.ids, batch.last)[: len(batch.places)].numpy()
+    return logits
+
+
+def calibrate(logits: Floats, examples: Sequence[Example]) -> dict[str, tuple[float, float]]:
+    """(a, b) for each head, so that sigmoid(a * logit + b) is a probability; rows count by their weight.
+
+    Raises ConfigError where no row is unsafe, or of a hazard, or none is safe.
+    """
+    true, known = labels(examples)
+    weights = np.array([example.weight for example in examples])
+    hazards = known[:, 1:]
+    each = np.broadcast_to(weights[:, None], hazards.shape)
+    pooled = _platt(logits[:, 1:][hazards], true[:, 1:][hazards], each[hazards])
+    fits = {}
+    for head, code in enumerate(HEADS):
+        rows = known[:, head]
+        enough = head == 0 or true[rows, head].sum() >= _FEW
+        fits[code] = _platt(logits[rows, head], true[rows, head], weights[rows]) if enough else pooled
+    return fits
+
+
+def probabilities(logits: Floats, calibration: Calibration) -> Floats:
+    """Calibrated scores, of the shape of the logits."""
+    a, b = np.array([calibration[code] for code in HEADS]).T
+    scores: Floats = 1 / (1 + np.exp(-(a * logits + b)))
+    return scores
+
+
+def _platt(logits: Floats, positive: Bools, weights: Floats) -> tuple[float, float]:
+    if positive.all() or not positive.any():
+        raise ConfigError("the held-out rows do not have both safe ones and unsafe ones of a known hazard")
+    fit = LogisticRegression(C=10).fit(logits[:, None], positive, sample_weight=weights)
+    return float(fit.coef_[0, 0]), float(fit.intercept_[0])

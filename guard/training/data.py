@@ -1,0 +1,205 @@
+"""Labelled conversations: what a recipe takes from a directory of JSON Lines files, and how it is split."""
+
+import gzip
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from guard.errors import ConfigError
+from guard.types import HAZARDS, Conversation, Role, Turn
+
+Split = Literal["train", "validation"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Source(_Strict):
+    """What a recipe takes of one file `<name>.jsonl.gz` or `<name>.jsonl`.
+
+    `safe` and `unsafe` are the most rows of that label in the training split, `repeat` how often each is seen in an
+    epoch, `weight` its weight in the loss. `group` names keys of `source_labels`; rows that agree in them stay in
+    one split. Without it rows that open with the same turn do.
+    """
+
+    safe: Annotated[int, Field(ge=0)] | None = None
+    unsafe: Annotated[int, Field(ge=0)] | None = None
+    repeat: Annotated[int, Field(ge=1)] = 1
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    target: Role | None = None
+    group: tuple[str, ...] = ()
+    validation: Annotated[float, Field(ge=0, le=1)] | None = None
+    validation_rows: Annotated[int, Field(ge=0)] | None = None
+
+
+class Recipe(_Strict):
+    """Which rows train a model, and how.
+
+    `validation` is the share of groups held out of each source, `validation_rows` the most of them, of either label,
+    that are used. The model is the base's first `blocks` blocks, of which the first `frozen_blocks` stay as they are.
+    A step reads `tokens_per_step` tokens, in rows of one of the `lengths`. The learning rate rises over `warmup_steps`
+    and falls over the last `decay`, a share, of the `steps`. `hazard_loss` is the weight of the loss of all hazards
+    beside that of `unsafe`.
+    """
+
+    seed: int
+    max_tokens: Annotated[int, Field(ge=16)]
+    validation: Annotated[float, Field(ge=0, lt=1)]
+    validation_rows: Annotated[int, Field(ge=0)]
+    blocks: Annotated[int, Field(ge=1)]
+    frozen_blocks: Annotated[int, Field(ge=0)]
+    tokens_per_step: Annotated[int, Field(ge=16)]
+    lengths: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
+    steps: Annotated[int, Field(ge=1)]
+    learning_rate: Annotated[float, Field(gt=0)]
+    head_learning_rate: Annotated[float, Field(gt=0)]
+    weight_decay: Annotated[float, Field(ge=0)]
+    warmup_steps: Annotated[int, Field(ge=1)]
+    decay: Annotated[float, Field(gt=0, le=1)]
+    hazard_loss: Annotated[float, Field(ge=0)]
+    sources: dict[str, Source]
+
+    @model_validator(mode="after")
+    def _rows_fit(self) -> Self:
+        if not self.max_tokens <= max(self.lengths) <= self.tokens_per_step:
+            raise ValueError("max_tokens <= max(lengths) <= tokens_per_step does not hold")
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A conversation whose last turn is labelled; `hazards` is None where the kind of harm is unknown."""
+
+    id: str
+    source: str
+    lang: str
+    conversation: Conversation
+    unsafe: bool
+    hazards: frozenset[str] | None
+    weight: float = 1.0
+
+    @property
+    def role(self) -> Role:
+        """Whose turn is judged."""
+        return self.conversation.turns[-1].role
+
+    @property
+    def labels(self) -> tuple[bool, ...]:
+        """What is true of it, as far as known: unsafe, then each hazard."""
+        return (self.unsafe, *(code in (self.hazards or ()) for code in HAZARDS))
+
+
+class _Message(BaseModel):
+    role: Role
+    content: str
+
+
+def _hazard(code: str) -> str:
+    if code not in HAZARDS:
+        raise ValueError(f"is none of {', '.join(HAZARDS)}")
+    return code
+
+
+class Record(BaseModel):
+    """A line of a file, as written: the last turn is the judged one; `unsafe` null says nothing either way."""
+
+    id: str
+    source: str
+    lang: str = "und"
+    turns: Annotated[tuple[_Message, ...], Field(min_length=1)]
+    unsafe: Literal[0, 1] | None
+    categories: frozenset[Annotated[str, AfterValidator(_hazard)]] = frozenset()
+    source_labels: dict[str, Any] = {}
+
+    def example(self, weight: float = 1.0) -> Example:
+        """The record as an example; one without a label counts as safe."""
+        turns = tuple(Turn(message.role, message.content) for message in self.turns)
+        return Example(
+            id=self.id,
+            source=self.source,
+            lang=self.lang,
+            conversation=Conversation(turns, len(turns) - 1),
+            unsafe=self.unsafe == 1,
+            hazards=None if self.unsafe and not self.categories else self.categories,
+            weight=weight,
+        )
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Raises ConfigError naming the file and what is wrong in it."""
+    try:
+        return Recipe.model_validate(YAML(typ="safe").load(path))
+    except (OSError, YAMLError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {_problems(error)}") from error
+
+
+def load_examples(recipe: Recipe, directory: Path, split: Split) -> list[Example]:
+    """The labelled rows of one split, each once, in a stable order; training rows up to the caps of their source."""
+    return [example for name in recipe.sources for example in _take(recipe, directory, name, split)]
+
+
+def repeated(recipe: Recipe, examples: Iterable[Example]) -> list[Example]:
+    """One epoch: every example as often as its source repeats."""
+    return [example for example in examples for _ in range(recipe.sources[example.source].repeat)]
+
+
+def _take(recipe: Recipe, directory: Path, name: str, split: Split) -> Iterator[Example]:
+    source = recipe.sources[name]
+    share = recipe.validation if source.validation is None else source.validation
+    rows = recipe.validation_rows if source.validation_rows is None else source.validation_rows
+    most = {False: source.safe, True: source.unsafe} if split == "train" else {False: rows, True: rows}
+    taken = Counter[bool]()
+    for record in sorted(read_records(directory, name), key=lambda record: _fraction(recipe.seed, record.id)):
+        held_out = _fraction(recipe.seed, _group(record, source)) < share
+        if record.unsafe is None or held_out != (split == "validation"):
+            continue
+        example = record.example(source.weight)
+        if source.target in (None, example.role) and taken[example.unsafe] != most[example.unsafe]:
+            taken[example.unsafe] += 1
+            yield example
+
+
+def read_records(directory: Path, name: str) -> Iterator[Record]:
+    """The records of `<name>.jsonl.gz` or `<name>.jsonl`; raises ConfigError with file, line and key of a wrong one."""
+    path = directory / f"{name}.jsonl.gz"
+    if not path.exists():
+        path = directory / f"{name}.jsonl"
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                yield _record(line, f"{path}:{number}")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {type(error).__name__}") from error
+
+
+def _record(line: str, place: str) -> Record:
+    try:
+        return Record.model_validate_json(line)
+    except ValidationError as error:
+        raise ConfigError(f"{place}: {_problems(error)}") from None  # the error quotes the line
+
+
+def _group(record: Record, source: Source) -> str:
+    if source.group:
+        return "|".join(str(record.source_labels.get(key)) for key in source.group)
+    return " ".join(record.turns[0].content.lower().split())
+
+
+def _problems(error: ValidationError) -> str:
+    return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+
+
+def _fraction(seed: int, text: str) -> float:
+    """A number in [0, 1) that only `seed` and `text` decide."""
+    digest = blake2b(f"{seed}:{text}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest) / 2**64
