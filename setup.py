@@ -2,8 +2,18 @@
 
 from setuptools import Extension, find_packages, setup
 
-# No errno and no traps: loops over square roots and comparisons can then be vectorised. Products and sums may fuse.
-FLAGS = ["-O3", "-g0", "-std=c++17", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+# Python's own flags hold -fwrapv, which costs the kernels a third of their speed. No errno and no traps: loops over
+# square roots and comparisons can then be vectorised. Products and sums may fuse.
+FLAGS = [
+    "-O3",
+    "-g0",
+    "-std=c++17",
+    "-fopenmp",
+    "-fno-wrapv",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+]
 
 setup(
     packages=[*find_packages(include=["guard", "guard.*"]), "guard.policies"],
