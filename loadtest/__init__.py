@@ -1,0 +1,1 @@
+"""How fast Guard is: beside other engines, and under load."""
