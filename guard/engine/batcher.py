@@ -88,7 +88,6 @@ class Batcher:
         while self._tokens[lane] / self._rate > self._max_queue_seconds:
             self._room.clear()
             await self._room.wait()
-            self.admit(lane)
         request = _Request(tokens, deadline, time.monotonic(), asyncio.get_running_loop().create_future())
         self._queues[lane].append(request)
         self._tokens[lane] += len(tokens.ids)
