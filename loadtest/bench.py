@@ -54,16 +54,19 @@ def _ids(checkpoint: Checkpoint, some: Sequence[str]) -> list[Ids]:
 def _guard(checkpoint: Checkpoint, dtype: str) -> Run:
     """Guard's own engine: its batcher and its forward pass, without the network."""
     from guard.engine.batcher import Batcher
+    from guard.engine.moderator import model_thread
     from guard.model.turn_classifier import TurnClassifier
     from guard.telemetry import Telemetry
     from guard.types import Coverage, Lane, Span, Tokens
 
-    classifier = TurnClassifier(checkpoint.path, dtype=dtype)
+    thread = model_thread()
+    classifier = thread.submit(TurnClassifier, checkpoint.path, dtype=dtype).result()
     slope, offset = checkpoint.calibration["unsafe"]
 
     async def start() -> Batcher:
+        telemetry = Telemetry.start("error")
         return Batcher(
-            classifier.score, max_batch_tokens=512, max_queue_seconds=1e9, rate=1.0, telemetry=Telemetry.start("error")
+            classifier.score, thread, max_batch_tokens=512, max_queue_seconds=1e9, rate=1.0, telemetry=telemetry
         )
 
     async def serve(requests: Sequence[Ids]) -> list[float]:

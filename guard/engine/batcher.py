@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -44,9 +44,16 @@ class Batcher:
     """
 
     def __init__(
-        self, score: Score, *, max_batch_tokens: int, max_queue_seconds: float, rate: float, telemetry: Telemetry
+        self,
+        score: Score,
+        thread: Executor,
+        *,
+        max_batch_tokens: int,
+        max_queue_seconds: float,
+        rate: float,
+        telemetry: Telemetry,
     ) -> None:
-        """`rate`: tokens a second of full batches, to begin with; kept up to date from then on."""
+        """`thread`: the only one that the model runs on. `rate`: tokens a second of full batches, to begin with."""
         self._score = score
         self._max_batch_tokens = max_batch_tokens
         self._max_queue_seconds = max_queue_seconds
@@ -56,7 +63,7 @@ class Batcher:
         self._tokens = dict.fromkeys(Lane, 0)  # tokens in each queue
         self._room = asyncio.Event()  # set, for bulk callers, whenever a queue may have become shorter
         self._loop: asyncio.Task[None] | None = None  # runs while anything is queued
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self._thread = thread
         self._draining = False
 
     def admit(self, lane: Lane) -> None:
@@ -101,10 +108,6 @@ class Batcher:
         self._draining = True
         if self._loop is not None:
             await asyncio.shield(self._loop)
-
-    def close(self) -> None:
-        """Lets the model's thread end, after the batch that it may be at."""
-        self._thread.shutdown(wait=True)
 
     async def _serve(self) -> None:
         """The loop: while anyone waits, fill a batch, run it, settle its callers."""

@@ -4,7 +4,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Protocol, Self
 
@@ -56,8 +56,11 @@ class Moderator:
         *,
         max_batch_tokens: int,
         max_queue_seconds: float,
+        thread: Executor | None = None,
     ) -> None:
-        """Blocks until the model has warmed up. Raises ConfigError for a policy over hazards that it does not score."""
+        """`thread` is the one that the model was loaded on, if there is one.
+
+        Blocks until the model has warmed up. Raises ConfigError for a policy over hazards that it does not score."""
         self.model = classifier.info
         self.policies = policies
         for policy in policies.policies:
@@ -65,11 +68,13 @@ class Moderator:
                 raise ConfigError(f"policy {policy.name}: {self.model.revision.name} does not score {unknown}")
         self._tokenise = classifier.tokenise
         self._tokenising = ThreadPoolExecutor(1, thread_name_prefix="tokenise")
+        self._thread = thread or model_thread()
         self._batcher = Batcher(
             classifier.score,
+            self._thread,
             max_batch_tokens=max_batch_tokens,
             max_queue_seconds=max_queue_seconds,
-            rate=_warm_up(classifier, max_batch_tokens),
+            rate=self._thread.submit(_warm_up, classifier, max_batch_tokens).result(),
             telemetry=telemetry,
         )
 
@@ -77,7 +82,9 @@ class Moderator:
     def load(cls, settings: Settings, telemetry: Telemetry) -> Self:
         """Loads policies and model as the settings say; blocks. Raises ConfigError where one cannot be used."""
         policies = PolicyStore.load(settings.policies, settings.default_policy)
-        classifier = TurnClassifier(settings.model, settings.device, settings.dtype, settings.threads)
+        thread = model_thread()
+        model = thread.submit(TurnClassifier, settings.model, settings.device, settings.dtype, settings.threads)
+        classifier = model.result()
         device = classifier.info.device.partition(":")[0]
         return cls(
             classifier,
@@ -85,6 +92,7 @@ class Moderator:
             telemetry,
             max_batch_tokens=settings.max_batch_tokens or _BATCH_TOKENS[device],
             max_queue_seconds=settings.max_queue_seconds,
+            thread=thread,
         )
 
     async def judge(
@@ -132,8 +140,17 @@ class Moderator:
 
     def close(self) -> None:
         """Ends the threads; blocks for the batch that the model may be at."""
-        self._batcher.close()
+        self._thread.shutdown()
         self._tokenising.shutdown()
+
+
+def model_thread() -> ThreadPoolExecutor:
+    """The one thread to load, warm up and run a model on.
+
+    OpenMP keeps a team of threads for every thread that computes; a second one makes it put all of them to sleep
+    between two steps, which costs a small batch a quarter of its speed.
+    """
+    return ThreadPoolExecutor(1, thread_name_prefix="model")
 
 
 def _verdict(policy: Policy, role: Role, span: Span, scores: Scores | None) -> Verdict:

@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
 import pytest
@@ -70,8 +71,10 @@ async def queue(
     max_batch_tokens: int = 1000, max_queue_seconds: float = 1e9, rate: float = 1.0
 ) -> AsyncIterator[Queue]:
     model, telemetry = SumModel(), Telemetry.start("critical")
+    thread = ThreadPoolExecutor(1)
     batcher = Batcher(
         model,
+        thread,
         max_batch_tokens=max_batch_tokens,
         max_queue_seconds=max_queue_seconds,
         rate=rate,
@@ -84,7 +87,7 @@ async def queue(
     finally:
         model.gate.set()
         await batcher.drain()
-        batcher.close()
+        thread.shutdown()
 
 
 async def test_requests_are_served_in_order_of_arrival_within_the_budget() -> None:
@@ -205,12 +208,11 @@ async def test_scores_that_are_missing_leave_nobody_waiting() -> None:
     def forgetful(batch: Sequence[Tokens]) -> list[tuple[Scores, ...]]:
         return []
 
-    batcher = Batcher(
-        forgetful, max_batch_tokens=10, max_queue_seconds=1, rate=1, telemetry=Telemetry.start("critical")
-    )
-    with pytest.raises(ModelFailed):
-        await batcher.score(tokens_of([1]), Lane.INTERACTIVE, None)
-    batcher.close()
+    telemetry = Telemetry.start("critical")
+    with ThreadPoolExecutor(1) as thread:
+        batcher = Batcher(forgetful, thread, max_batch_tokens=10, max_queue_seconds=1, rate=1, telemetry=telemetry)
+        with pytest.raises(ModelFailed):
+            await batcher.score(tokens_of([1]), Lane.INTERACTIVE, None)
 
 
 @pytest.mark.parametrize("lane", Lane)
