@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 from guard.errors import Draining, Expired, ModelFailed, Overloaded
@@ -17,7 +18,7 @@ Score = Callable[[Sequence[Tokens]], Sequence[tuple[Scores, ...]]]
 
 
 class Scored(NamedTuple):
-    """Scores of one request's spans, and where its time went, in seconds."""
+    """Scores of the spans of one request's windows, in order, and where its time went, in seconds."""
 
     scores: tuple[Scores, ...]
     queue: float
@@ -26,7 +27,8 @@ class Scored(NamedTuple):
 
 @dataclass(slots=True)
 class _Request:
-    tokens: Tokens
+    windows: Sequence[Tokens]
+    size: int  # tokens in all of them
     deadline: float | None
     admitted: float
     answer: asyncio.Future[Scored]
@@ -85,8 +87,8 @@ class Batcher:
             self._tokens[lane] -= tokens
             self._room.set()
 
-    async def score(self, tokens: Tokens, lane: Lane, deadline: float | None) -> Scored:
-        """Scores one conversation, in whatever batch comes next.
+    async def score(self, windows: Sequence[Tokens], lane: Lane, deadline: float | None) -> Scored:
+        """Scores windows that belong together, in whatever batch comes next.
 
         `deadline` is in time.monotonic() seconds. Raises Draining, Overloaded, Expired or ModelFailed. Where the caller
         is cancelled the model is not asked.
@@ -95,9 +97,10 @@ class Batcher:
         while self._tokens[lane] / self._rate > self._max_queue_seconds:
             self._room.clear()
             await self._room.wait()
-        request = _Request(tokens, deadline, time.monotonic(), asyncio.get_running_loop().create_future())
+        size = sum(len(tokens.ids) for tokens in windows)
+        request = _Request(windows, size, deadline, time.monotonic(), asyncio.get_running_loop().create_future())
         self._queues[lane].append(request)
-        self._tokens[lane] += len(tokens.ids)
+        self._tokens[lane] += size
         self._measure_queue()
         if self._loop is None:
             self._loop = asyncio.create_task(self._serve())
@@ -124,14 +127,14 @@ class Batcher:
         budget = self._max_batch_tokens
         now = time.monotonic()
         for lane, queue in self._queues.items():
-            while queue and (len(queue[0].tokens.ids) <= budget or not batch):
+            while queue and (queue[0].size <= budget or not batch):
                 request = queue.popleft()
-                self._tokens[lane] -= len(request.tokens.ids)
+                self._tokens[lane] -= request.size
                 if request.deadline is not None and request.deadline <= now and request.waits:
                     request.answer.set_exception(Expired())
                 elif request.waits:
                     batch.append(request)
-                    budget -= len(request.tokens.ids)
+                    budget -= request.size
             if queue:  # a lower lane does not overtake
                 break
         self._room.set()
@@ -139,14 +142,14 @@ class Batcher:
         return batch
 
     async def _run(self, batch: list[_Request]) -> None:
-        inputs = [request.tokens for request in batch]
-        tokens = sum(len(each.ids) for each in inputs)
+        inputs = [tokens for request in batch for tokens in request.windows]
+        tokens = sum(request.size for request in batch)
         self._metrics.batch_requests.observe(len(batch))
         self._metrics.batch_tokens.observe(tokens)
         started = time.monotonic()
         try:
-            scores = await asyncio.get_running_loop().run_in_executor(self._thread, self._score, inputs)
-            settled = list(zip(batch, scores, strict=True))
+            scores = iter(await asyncio.get_running_loop().run_in_executor(self._thread, self._score, inputs))
+            settled = [(each, tuple(chain.from_iterable(next(scores) for _ in each.windows))) for each in batch]
         except Exception as error:  # whatever the model raised is an answer to every caller, and the loop lives on
             self._metrics.model_failures.inc()
             self._log.error("the model failed", requests=len(batch), tokens=tokens, exc_info=error)

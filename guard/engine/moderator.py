@@ -3,13 +3,16 @@
 import asyncio
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
+from itertools import zip_longest
 from typing import Protocol, Self
 
 from guard.engine.batcher import Batcher
 from guard.errors import ConfigError, ModelFailed
+from guard.model.normalise import undisguise
 from guard.model.turn_classifier import TurnClassifier
 from guard.policy.compile import Policy, unknown_hazards
 from guard.policy.decide import decide, decide_without_scores
@@ -105,6 +108,8 @@ class Moderator:
     ) -> Decision:
         """Verdicts for the turns that the conversation asks for, under one policy from start to end.
 
+        Where a text is disguised, a view of the conversation without disguises is scored in the same batch, and each
+        score is the higher one of the two; the coverage is that of the conversation as it is.
         `deadline` is in time.monotonic() seconds. Raises InputError, NotFound, Draining, Overloaded and Expired; where
         the model fails, the policy's on_error answers and the verdict is degraded. Cancelling drops the request.
         """
@@ -113,26 +118,41 @@ class Moderator:
         started = time.monotonic()
         with self._batcher.arriving(lane, size):  # refuses before anything is spent
             loop = asyncio.get_running_loop()
-            windows = await loop.run_in_executor(self._tokenising, self._tokenise, conversation)
+            raw, plain = await loop.run_in_executor(self._tokenising, self._views, conversation)
         timings = Timings(tokenise=time.monotonic() - started)
-        verdicts: list[Verdict] = []
-        for tokens in windows:
+        readings: dict[int, list[Scores | None]] = defaultdict(list)
+        for windows in zip_longest(raw, plain):
+            together = [tokens for tokens in windows if tokens is not None]
+            turns = [span.turn for tokens in together for span in tokens.spans]
             scores: Sequence[Scores | None]
             try:
-                scores, queue, model = await self._batcher.score(tokens, lane, deadline)
+                scores, queue, model = await self._batcher.score(together, lane, deadline)
                 timings = replace(timings, queue=timings.queue + queue, model=timings.model + model)
             except ModelFailed:
-                scores = [None] * len(tokens.spans)
-            for span, own in zip(tokens.spans, scores, strict=True):
-                verdicts.append(_verdict(rules, conversation.turns[span.turn].role, span, own))
+                scores = [None] * len(turns)
+            for turn, own in zip(turns, scores, strict=True):
+                readings[turn].append(own)
             lane = Lane.BULK  # the rest of a long conversation waits its turn, and is no longer refused
+        spans = (span for tokens in raw for span in tokens.spans)
         return Decision(
             id=uuid.uuid4().hex,
-            verdicts=tuple(verdicts),
+            verdicts=tuple(
+                _verdict(rules, conversation.turns[span.turn].role, span, _highest(readings[span.turn]))
+                for span in spans
+            ),
             policy=Revision(rules.name, rules.revision),
             model=self.model.revision,
             timings=timings,
         )
+
+    def _views(self, conversation: Conversation) -> tuple[tuple[Tokens, ...], tuple[Tokens, ...]]:
+        """The windows of the conversation as it is, and where it is disguised those that read otherwise without."""
+        raw = self._tokenise(conversation)
+        turns = tuple(replace(turn, text=undisguise(turn.text)) for turn in conversation.turns)
+        if turns == conversation.turns:
+            return raw, ()
+        plain = self._tokenise(replace(conversation, turns=turns))
+        return raw, tuple(tokens for tokens in plain if tokens not in raw)
 
     async def drain(self) -> None:
         """Refuses what is new with Draining, and waits for what is queued."""
@@ -151,6 +171,15 @@ def model_thread() -> ThreadPoolExecutor:
     between two steps, which costs a small batch a quarter of its speed.
     """
     return ThreadPoolExecutor(1, thread_name_prefix="model")
+
+
+def _highest(readings: Sequence[Scores | None]) -> Scores | None:
+    """The highest of each score; None where a reading has none."""
+    scores = [own for own in readings if own is not None]
+    if len(scores) < len(readings):
+        return None
+    hazards = {code: max(own.hazards[code] for own in scores) for code in scores[0].hazards}
+    return Scores(max(own.unsafe for own in scores), hazards)
 
 
 def _verdict(policy: Policy, role: Role, span: Span, scores: Scores | None) -> Verdict:

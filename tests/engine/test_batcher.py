@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from itertools import accumulate
 
 import pytest
 from hypothesis import given
@@ -50,7 +51,7 @@ class Queue:
     def ask(
         self, id: int, size: int = 1, lane: Lane = Lane.INTERACTIVE, deadline: float | None = None
     ) -> asyncio.Task[Scored]:
-        return asyncio.create_task(self.batcher.score(tokens_of([id] * size), lane, deadline))
+        return asyncio.create_task(self.batcher.score([tokens_of([id] * size)], lane, deadline))
 
     async def go(self) -> list[list[int]]:
         """Lets the model work until nobody waits; the batches that came after the one with request 0."""
@@ -104,6 +105,22 @@ async def test_a_sequence_above_the_budget_runs_alone() -> None:
         for id, size in enumerate([1, 11, 1], 1):
             waiting.ask(id, size)
         assert await waiting.go() == [[1], [2], [3]]
+
+
+async def test_windows_that_belong_together_share_a_batch() -> None:
+    """They are let in, counted and scored as one."""
+    async with queue(max_batch_tokens=10, max_queue_seconds=9, rate=1) as waiting:
+        waiting.ask(1, 6)
+        together = asyncio.create_task(
+            waiting.batcher.score([tokens_of([id] * 4) for id in (2, 3)], Lane.INTERACTIVE, None)
+        )
+        refused = waiting.ask(4)
+        await asyncio.sleep(0)
+        assert waiting.queued_tokens == 14
+        with pytest.raises(Overloaded):
+            await refused
+        assert await waiting.go() == [[1], [2, 3]]
+        assert [scores.unsafe for scores in (await together).scores] == [8, 12]
 
 
 async def test_online_requests_come_first_and_bulk_fills_the_room_they_leave() -> None:
@@ -212,7 +229,7 @@ async def test_scores_that_are_missing_leave_nobody_waiting() -> None:
     with ThreadPoolExecutor(1) as thread:
         batcher = Batcher(forgetful, thread, max_batch_tokens=10, max_queue_seconds=1, rate=1, telemetry=telemetry)
         with pytest.raises(ModelFailed):
-            await batcher.score(tokens_of([1]), Lane.INTERACTIVE, None)
+            await batcher.score([tokens_of([1])], Lane.INTERACTIVE, None)
 
 
 @pytest.mark.parametrize("lane", Lane)
@@ -254,8 +271,9 @@ def test_every_caller_gets_its_own_scores(asked: list[tuple[list[int], Lane, int
             waiting.model.gate.set()
             tasks = []
             for ids, lane, pause, gives_up in asked:
-                tokens = tokens_of(ids, ends=range(1, len(ids) + 1))
-                task = asyncio.create_task(waiting.batcher.score(tokens, lane, None))
+                half = len(ids) // 2
+                windows = [tokens_of(part, ends=range(1, len(part) + 1)) for part in (ids[:half], ids[half:]) if part]
+                task = asyncio.create_task(waiting.batcher.score(windows, lane, None))
                 for _ in range(pause):
                     await asyncio.sleep(0)
                 if gives_up:
@@ -265,7 +283,7 @@ def test_every_caller_gets_its_own_scores(asked: list[tuple[list[int], Lane, int
                 await asyncio.wait([task])
                 if not task.cancelled():
                     assert [each.unsafe for each in task.result().scores] == [
-                        sum(ids[:end]) for end in range(1, len(ids) + 1)
+                        score for part in (ids[: len(ids) // 2], ids[len(ids) // 2 :]) for score in accumulate(part)
                     ]
                 else:
                     assert gives_up

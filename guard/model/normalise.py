@@ -1,0 +1,109 @@
+"""Undoes what disguises a text: only what Unicode itself, or the eye, reads in exactly one way.
+
+Sources: UAX #15 (NFKC; once TR15), UTR #36 and UTS #39 with its confusables.txt (letters that look alike),
+UTS #51 (emoji and their tags), DerivedCoreProperties.txt (Default_Ignorable_Code_Point).
+"""
+
+import re
+import unicodedata
+from typing import Final
+
+# Latin letters in other dress that NFKC leaves as they are: small capitals, and white letters in black discs and boxes.
+_DRESSED: Final = str.maketrans(
+    "ɑɡᴀʙᴄᴅᴇꜰɢʜɪᴊᴋʟᴍɴᴏᴘʀꜱᴛᴜᴠᴡʏᴢ🅐🅑🅒🅓🅔🅕🅖🅗🅘🅙🅚🅛🅜🅝🅞🅟🅠🅡🅢🅣🅤🅥🅦🅧🅨🅩🅰🅱🅲🅳🅴🅵🅶🅷🅸🅹🅺🅻🅼🅽🅾🅿🆀🆁🆂🆃🆄🆅🆆🆇🆈🆉",
+    "agabcdefghijklmnoprstuvwyz" + 2 * "ABCDEFGHIJKLMNOPQRSTUVWXYZ",
+)
+# What confusables.txt calls confusable with a Latin letter: Cyrillic, Greek, Armenian and Cherokee letters.
+_TWINS: Final = "аАВсСԁеЕԌһНіІӏӀјЈКМоОрРԛѕЅТѵѴԝԜхХуУΑΒΕϜΗΙͿΚΜΝΟοΡΤνΧΥΖհոօՕՏսՍᎪᏴᏟᎠᎬᏀᎻᎫᏦᏞᎷᏢᎡᏚᎢᏙᎳᎩᏃ"
+_LIKE_TWINS: Final = "aABcCdeEGhHiIlIjJKMoOpPqsSTvVwWxXyYABEFHIJKMNOoPTvXYZhnoOSuUABCDEGHJKLMPRSTVWYZ"
+# Those of its letters that words of their own are full of, where no Latin one stands beside them.
+_KIN: Final = "ЬвҽԍнкмгтѡүҮαιϳκϺσρτυγքցռգզաᏏᏧᏻᏂᎥᏒᏕᏔᎽ"
+_LIKE_KIN: Final = "bbeghkmrtwyYaijkMoptuyfgnqqwbdGhiRSWY"
+_LOOK_ALIKES: Final = str.maketrans(_TWINS + _KIN, _LIKE_TWINS + _LIKE_KIN)
+_LATIN: Final = re.compile("[A-Za-z]")
+_LATIN_LOOKING: Final = re.compile(rf"(?<!\w)[0-9A-Z_a-zÀ-ɏ\u0300-\u036fḀ-ỿ{_TWINS}{_KIN}]++(?!\w)")
+_OTHER_SCRIPT: Final = re.compile(rf"(?![{_TWINS}])[Ͱ-ԯԱ-ֈᎠ-ᏽ]")
+
+# A flag such as Scotland's is a black one, tags that spell a subdivision, and the tag that ends it.
+_TAGS: Final = re.compile(
+    "(\U0001f3f4[\U000e0030-\U000e0039\U000e0061-\U000e007a]{3,6}\U000e007f)|([\U000e0020-\U000e007e])"
+)
+_TAGGED: Final = {0xE0000 + ascii: ascii for ascii in range(0x20, 0x7F)}
+
+_INVISIBLE: Final = (
+    "\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f"
+    "\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
+)
+# Latin, Greek, Cyrillic and Armenian letters, their marks, digits, punctuation and spaces; none of them invisible.
+_JOINS_NOTHING: Final = "\0-\u00ac\u00ae-\u034e\u0350-\u058f\u1d00-\u1fff\u2010-\u2029\u202f-\u205f"
+_SPLITTERS: Final = re.compile(f"(?<![^{_JOINS_NOTHING}])[{_INVISIBLE}]++(?![^{_JOINS_NOTHING}])")
+
+_SINGLE: Final = r"(?:[0-9A-Za-zÀ-ɏͰ-ԯ][\u0300-\u036f]*+(?![^\W_])|['’?!,;:])"
+_GAP: Final = rf"(?!(?P=apart){_SINGLE})(?:\s++|(?P=apart)++)"
+_SPACED: Final = re.compile(
+    rf"(?<![^\W_])(?:{_SINGLE}\s\s++)?+{_SINGLE}(?P<apart>[ ._-]){_SINGLE}(?:(?P=apart){_SINGLE})*+"
+    rf"(?:{_GAP}(?:{_SINGLE}{_GAP})?+{_SINGLE}(?:(?P=apart){_SINGLE})++)*+(?:{_GAP}{_SINGLE})?+"
+)
+_BETWEEN: Final = re.compile(r"[\s._-]+")
+
+_WORD: Final = re.compile("[A-Za-zÀ-ɏͰ-ԯḀ-ỿἀ-῿]{3,}")
+# What stands within words of ordinary print though NFKC changes it: µ, ª and others of Latin-1, ligatures, and ™.
+_PRINT: Final = {
+    code: unicodedata.normalize("NFKC", chr(code)) for code in (*range(0xA0, 0x100), *range(0xFB00, 0xFB07), 0x2122)
+}
+
+
+def normalise(text: str) -> str:
+    """The text without disguises; idempotent.
+
+    - NFKC, and Latin letters of other dress as plain ones.
+    - What tag characters (U+E0020 to U+E007E) spell is read, on a line after the visible text; flags stay.
+    - Invisible characters go, unless they stand beside a letter or symbol that may need them to join or to part: one
+      of a script other than Latin, Greek, Cyrillic and Armenian, or an emoji.
+    - Words spelled letter by letter are joined: four letters and more, all apart by one and the same space, dot, hyphen
+      or underscore; wider gaps are those between words.
+    - Look-alikes become Latin in words that hold nothing but them and Latin letters. A word of look-alikes alone is
+      taken for real, if the text has any other letter of such a script, or no Latin one.
+    """
+    while (plain := _pass(text)) != text:  # one disguise may cover another; each pass leaves fewer
+        text = plain
+    return plain
+
+
+def undisguise(text: str) -> str:
+    """The text normalised, if that changes any word of three letters or more; otherwise as it is.
+
+    So what ordinary text holds – full-width punctuation, ligatures, odd spaces, emoji – is not worth a second reading.
+    """
+    plain = normalise(text)
+    return text if _words(plain) == _words(text) else plain
+
+
+def _pass(text: str) -> str:
+    text = unicodedata.normalize("NFKC", text.translate(_DRESSED))
+    return _as_latin(_SPACED.sub(_joined, _SPLITTERS.sub("", _with_tags_read(text))))
+
+
+def _with_tags_read(text: str) -> str:
+    hidden = "".join(tag for _, tag in _TAGS.findall(text)).translate(_TAGGED)
+    return "\n".join(filter(None, (_TAGS.sub(r"\1", text), hidden)))
+
+
+def _joined(run: re.Match[str]) -> str:
+    words = _BETWEEN.sub(lambda gap: "" if gap[0] == run["apart"] else " ", run[0])
+    letters = sum(map(str.isalpha, words))
+    joints = sum(len(word) - 1 for word in words.split())
+    return words if letters >= 4 and joints >= 3 else run[0]
+
+
+def _as_latin(text: str) -> str:
+    strays = _LATIN.search(text) and not _OTHER_SCRIPT.search(text)
+
+    def plain(word: re.Match[str]) -> str:
+        return word[0].translate(_LOOK_ALIKES) if strays or _LATIN.search(word[0]) else word[0]
+
+    return _LATIN_LOOKING.sub(plain, text)
+
+
+def _words(text: str) -> list[str]:
+    return _WORD.findall(unicodedata.normalize("NFC", text).translate(_PRINT))
