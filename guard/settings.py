@@ -67,7 +67,7 @@ class Settings(BaseModel):
 
     device: str = "auto"
     """cpu, cuda or cuda:N; auto takes the first CUDA device there is."""
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    dtype: Literal["auto", "bfloat16", "float32", "int8"] = "auto"
     """Type of the weights in memory; auto takes the fastest for the device."""
     threads: NonNegativeInt = 0
     """Processor threads of the model; 0 takes all."""

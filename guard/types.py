@@ -86,6 +86,7 @@ class Span:
     """Where a turn to be scored stands among the tokens: [start, end), the last token being its end token."""
 
     turn: int
+    role: Role
     start: int
     end: int
     coverage: Coverage

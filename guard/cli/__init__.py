@@ -13,8 +13,11 @@ from typing import Annotated
 import typer
 
 from guard.cli import client
+from guard.cli.calibrate import calibrate, quantize
 from guard.cli.check import check
+from guard.cli.evaluate import evaluate
 from guard.cli.serve import serve
+from guard.cli.synthesize import synthesize
 from guard.cli.train import train
 from guard.errors import GuardError, Unanswered
 
@@ -31,6 +34,10 @@ app.command()(serve)
 app.command()(check)
 app.add_typer(client.app)
 app.command()(train)
+app.command()(evaluate)
+app.command()(calibrate)
+app.command()(quantize)
+app.command()(synthesize)
 
 
 def main() -> None:

@@ -87,7 +87,7 @@ def model(response: pb.GetModelResponse) -> None:
     table.add_row("parameters", f"{response.parameters:,}")
     table.add_row("longest input", f"{response.max_tokens:,} tokens")
     table.add_row("runs on", f"{response.device}, {response.dtype}, {response.kernels}")
-    table.add_row("hazards", ", ".join(f"{hazard.code} {hazard.title}" for hazard in response.hazards))
+    table.add_row("hazards", ", ".join(map(_hazard, response.hazards)))
     _terminal().print(table)
 
 
@@ -146,6 +146,11 @@ def _action(action: pb.Action.ValueType) -> Text:
 
 def _role_name(role: pb.Role.ValueType) -> str:
     return pb.Role.Name(role).removeprefix("ROLE_").lower()
+
+
+def _hazard(hazard: pb.Hazard) -> str:
+    """A category of the model's own has no other title than its name."""
+    return hazard.code if hazard.title == hazard.code else f"{hazard.code} {hazard.title}"
 
 
 def _score(score: float, style: str = "cyan") -> tuple[str, Text]:

@@ -54,7 +54,7 @@ class ChatTokenizer:
             spans: list[Span] = []
             for turn in judged:
                 start, end = starts[turn] - starts[first], starts[turn + 1] - gap - starts[first]
-                spans.append(Span(turn, start, end, Coverage(end, totals[turn])))
+                spans.append(Span(turn, turns[turn].role, start, end, Coverage(end, totals[turn])))
             return Tokens(tuple(ids)[: spans[-1].end], tuple(spans))
 
         if target is not None:

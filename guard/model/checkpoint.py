@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from shutil import copyfile
 from typing import Any, Literal
 
 import torch
@@ -24,6 +25,7 @@ from safetensors.torch import save as serialise
 from torch import Tensor
 
 from guard.errors import CheckpointError
+from guard.types import Role
 
 _MANIFEST = "guard.json"
 _CONFIG = "config.json"
@@ -34,10 +36,16 @@ _SCALE = "_scale"
 _SHARD_BYTES = 90_000_000
 
 
+Calibration = Mapping[Role, Mapping[str, tuple[float, float]]]
+
+
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a model directory says of itself; `calibration` has (a, b) for p = sigmoid(a * logit + b) by head.
+    """What a model directory says of itself; `calibration` has (a, b) for p = sigmoid(a * logit + b).
 
+    It has them for turns of users and of agents, by head; other roles are taken for users.
+
+    `int8` says that products of int8 were measured to change hardly a verdict (see guard.training.quantise).
     `revision` is the first 16 hex digits of the SHA-256 of `guard.json`, and so stands for the content of every file.
     """
 
@@ -46,18 +54,20 @@ class Checkpoint:
     revision: str
     max_tokens: int
     hazards: tuple[str, ...]
-    calibration: Mapping[str, tuple[float, float]]
+    calibration: Calibration
+    int8: bool
     config: Mapping[str, Any]
 
 
 class _Manifest(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    format: Literal[1]
+    format: Literal[2]
     name: str
     max_tokens: int
     hazards: tuple[str, ...]
-    calibration: dict[str, tuple[float, float]]
+    calibration: dict[Role, dict[str, tuple[float, float]]]
+    int8: bool = False
     files: dict[str, str]
 
 
@@ -72,8 +82,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise CheckpointError(f"{path / _MANIFEST}: {problems}") from error
-    if odd := manifest.calibration.keys() ^ {"unsafe", *manifest.hazards}:
-        raise CheckpointError(f"{path / _MANIFEST}: calibration and hazards differ in {', '.join(sorted(odd))}")
+    for role in (Role.USER, Role.AGENT):
+        if odd := manifest.calibration.get(role, {}).keys() ^ {"unsafe", *manifest.hazards}:
+            where = f"{path / _MANIFEST}: calibration.{role}"
+            raise CheckpointError(f"{where}: differs from the hazards in {', '.join(sorted(odd))}")
     for name, digest in manifest.files.items():
         if Path(name).name != name or Path(name).suffix not in (".json", ".safetensors"):
             raise CheckpointError(f"{path / _MANIFEST}: {name!r} is neither JSON nor safetensors in this directory")
@@ -89,6 +101,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         max_tokens=manifest.max_tokens,
         hazards=manifest.hazards,
         calibration=manifest.calibration,
+        int8=manifest.int8,
         config=_parse(path / _CONFIG, _read(path / _CONFIG)),
     )
 
@@ -96,13 +109,15 @@ def read_checkpoint(path: Path) -> Checkpoint:
 def load_tensors(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors of any Hugging Face safetensors directory, in one file or in shards, by name.
 
-    Matrices come in `dtype`, those stored as int8 dequantised; vectors and the head `score.*` in float32.
+    Matrices come in `dtype`, those stored as int8 dequantised; for int8 they come as they are stored, or rounded, with
+    their scales beside them. Vectors and the head `score.*` come in float32.
     Raises CheckpointError, naming the file, where one is missing or no safetensors.
     """
     tensors: dict[str, Tensor] = {}
     for shard in _shards(path):
         try:
-            tensors |= _dequantised(load_file(shard), dtype)
+            stored = load_file(shard)
+            tensors |= as_integers(stored) if dtype == torch.int8 else _dequantised(stored, dtype)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{shard}: {error}") from error
         except KeyError as error:
@@ -122,6 +137,17 @@ def _dequantised(stored: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, 
     return tensors
 
 
+def as_integers(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as a model directory stores them: matrices as int8, with their scales beside them."""
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in stored.items():
+        if tensor.dtype == torch.int8 or _keeps_float32(name, tensor):
+            tensors[name] = tensor if tensor.dtype == torch.int8 else tensor.float()
+        else:
+            tensors |= _quantised(name, tensor)
+    return tensors
+
+
 def save_checkpoint(
     path: Path,
     tensors: Mapping[str, Tensor],
@@ -130,7 +156,7 @@ def save_checkpoint(
     name: str,
     max_tokens: int,
     hazards: tuple[str, ...],
-    calibration: Mapping[str, tuple[float, float]],
+    calibration: Calibration,
 ) -> None:
     """Writes a model directory; matrices become int8 with a scale for each row, `guard.json` comes last."""
     path.mkdir(parents=True, exist_ok=True)
@@ -146,14 +172,58 @@ def save_checkpoint(
     }
     (path / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     manifest = _Manifest(
-        format=1,
+        format=2,
         name=name,
         max_tokens=max_tokens,
         hazards=hazards,
-        calibration=dict(calibration),
+        calibration={role: dict(fits) for role, fits in calibration.items()},
         files={file: _digest(path / file) for file in (_CONFIG, _TOKENIZER, _INDEX, *names)},
     )
     (path / _MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def copy_checkpoint(base: Path, path: Path) -> None:
+    """Copies what a model directory vouches for, and `guard.json`."""
+    path.mkdir(parents=True, exist_ok=True)
+    manifest = _Manifest.model_validate_json(_read(base / _MANIFEST))
+    for file in (*manifest.files, _MANIFEST):
+        copyfile(base / file, path / file)
+
+
+def amend_checkpoint(path: Path, documents: Mapping[str, str] | None = None, **changes: Any) -> None:
+    """Changes what `guard.json` says, by key, adds JSON files by name, and vouches for all files as they are now."""
+    documents = documents or {}
+    for name, text in documents.items():
+        (path / name).write_text(text, encoding="utf-8")
+    manifest = _Manifest.model_validate_json(_read(path / _MANIFEST))
+    files = {name: _digest(path / name) for name in (*manifest.files, *documents)}
+    amended = manifest.model_copy(update={**changes, "files": files})
+    (path / _MANIFEST).write_text(amended.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def extend_checkpoint(
+    base: Checkpoint, path: Path, hazard: str, weight: Tensor, bias: Tensor, name: str | None = None
+) -> None:
+    """Writes a copy of a model directory with one more output of the head, `weight` [hidden] and `bias` [].
+
+    Nothing else of it changes, but for the name where there is one. The output's calibration is (1, 0).
+    """
+    copy_checkpoint(base.path, path)
+    rows = {"score.weight": weight.float()[None], "score.bias": bias.float()[None]}
+    for shard in _shards(base.path):
+        stored = load_file(shard)
+        if extended := {tensor: torch.cat([stored[tensor], row]) for tensor, row in rows.items() if tensor in stored}:
+            (path / shard.name).write_bytes(serialise(stored | extended, metadata={"format": "pt"}))
+    index = _parse(path / _INDEX, _read(path / _INDEX))
+    index["metadata"]["total_size"] += sum(row.nbytes for row in rows.values())
+    (path / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    manifest = _Manifest.model_validate_json(_read(path / _MANIFEST))
+    amend_checkpoint(
+        path,
+        name=name or manifest.name,
+        hazards=(*manifest.hazards, hazard),
+        calibration={role: fits | {hazard: (1.0, 0.0)} for role, fits in manifest.calibration.items()},
+    )
 
 
 def _fill_shards(tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:

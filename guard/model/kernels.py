@@ -4,14 +4,25 @@ import ctypes
 import importlib.util
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-Linear = Callable[[Tensor], Tensor]
+
+class Scaled(NamedTuple):
+    """Rows that are still to be multiplied, each by its own scale: `values` [rows, width], `scales` float32 [rows]."""
+
+    values: Tensor
+    scales: Tensor
+
+
+# Between layers of floating point a tensor; between products of integers, uint8 that goes into one, float32 out of it.
+Rows = Tensor | Scaled
+
+Linear = Callable[[Rows], Rows]
 Pass = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -23,15 +34,27 @@ class TorchKernels:
 
     name: str = "torch"
 
-    def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        """The product x [rows, in] -> [rows, out] with `weight` [out, in], laid out for this device."""
+    def linear(self, weight: Tensor, bias: Tensor | None, scales: Tensor | None = None) -> Linear:
+        """The product x [rows, in] -> [rows, out] with `weight` [out, in], laid out for this device.
+
+        A weight of int8 has `scales`, float32 [out]; its product is one of integers, with x rounded to int8 by a scale
+        for each row, and exact: it is the same whatever the order of summation.
+        """
+        if scales is not None:
+            return _integer_linear(weight, bias, scales, self.quantise)
         if not torch.backends.mkldnn.is_available():
-            return lambda x: F.linear(x, weight, bias)
+            return lambda x: F.linear(_floats(x), weight, bias)
         # What torch.compile's own CPU backend calls: weights reordered once, for oneDNN's blocked kernels. Unlike the
         # plain product, a row comes out the same to the bit whatever the number of rows (from two on; see `bucket`).
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
         product = torch.ops.mkldnn._linear_pointwise.default
         return lambda x: product(x, packed, bias, "none", [], "")
+
+    def quantise(self, x: Tensor) -> Scaled:
+        """Float32 rows as integers of -127..127, each 128 higher, as uint8; a row of zeros stays one."""
+        largest = x.abs().amax(1)
+        inverse = torch.where(largest > 0, 127 / largest, 0.0)
+        return Scaled(((x * inverse[:, None]).round() + 128).to(torch.uint8), largest / 127)
 
     def bucket(self, tokens: int) -> int:
         """The rows that `tokens` are padded to, so that the same shapes are met again."""
@@ -46,19 +69,25 @@ class TorchKernels:
         """The form of a whole pass that runs fastest."""
         return function
 
-    def add_rms_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    def add_rms_norm(self, x: Tensor, delta: Rows | None, weight: Tensor, eps: float, dtype: torch.dtype) -> Rows:
         """Adds `delta` to the float32 residual `x` [rows, hidden] in place, and returns its RMS norm in `dtype`."""
         if delta is not None:
-            x.add_(delta)
-        return F.rms_norm(x, x.shape[-1:], weight, eps).to(dtype)
+            x.add_(_floats(delta))
+        normed = F.rms_norm(x, x.shape[-1:], weight, eps)
+        return self.quantise(normed) if dtype == torch.int8 else normed.to(dtype)
 
-    def rope(self, qkv: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, heads: int) -> None:
-        """Rotates in place the first `heads` heads of each row of `qkv`; `cos` and `sin` are [positions, dim / 2]."""
+    def rope(self, rows: Rows, positions: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
+        """`rows` with the first `heads` heads of each rotated, perhaps in place.
+
+        `cos` and `sin` are [positions, dim / 2].
+        """
+        qkv = _floats(rows)
         half = cos.shape[-1]
         rotated = qkv[:, : heads * 2 * half].unflatten(1, (heads, 2, half))
         low, high = rotated.float().unbind(2)
         c, s = cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
         rotated.copy_(torch.stack((low * c - high * s, high * c + low * s), dim=2))
+        return qkv
 
     def attention(self, qkv: Tensor, bounds: Tensor, heads: int, kv_heads: int) -> Tensor:
         """Causal attention within each sequence of a packed row.
@@ -76,10 +105,31 @@ class TorchKernels:
             out[start:end] = attended.squeeze(0).transpose(0, 1)
         return out.flatten(1)
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
-        """silu(gate) * up, for `gate_up` [rows, 2 * inner] -> [rows, inner]."""
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate) * up
+    def silu_mul(self, gate_up: Rows) -> Rows:
+        """silu(gate) * up, for `gate_up` [rows, 2 * inner] -> [rows, inner]; integers follow on scaled rows."""
+        gate, up = _floats(gate_up).chunk(2, dim=-1)
+        product = F.silu(gate) * up
+        return self.quantise(product) if isinstance(gate_up, Scaled) else product
+
+
+def _floats(rows: Rows) -> Tensor:
+    return rows if isinstance(rows, Tensor) else rows.values.float() * rows.scales[:, None]
+
+
+def _integer_linear(
+    weight: Tensor, bias: Tensor | None, scales: Tensor, quantise: Callable[[Tensor], Scaled]
+) -> Linear:
+    """oneDNN's product of uint8 rows with int8 weights, accumulated in int32: float32 rows, still to be scaled."""
+    packed = torch.ops.onednn.qlinear_prepack(weight, None)
+    product = torch.ops.onednn.qlinear_pointwise.default
+    zeros = torch.zeros_like(scales, dtype=torch.int32)
+
+    def linear(x: Rows) -> Rows:
+        x = quantise(x) if isinstance(x, Tensor) else x
+        y = product(x.values, 1.0, 128, packed, scales, zeros, None, 1.0, 0, torch.float32, "none", [], "")
+        return Scaled(y, x.scales) if bias is None else _floats(Scaled(y, x.scales)) + bias
+
+    return linear
 
 
 class CudaKernels(TorchKernels):
@@ -87,8 +137,9 @@ class CudaKernels(TorchKernels):
 
     name = "torch-cuda"
 
-    def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        return lambda x: F.linear(x, weight, bias)
+    def linear(self, weight: Tensor, bias: Tensor | None, scales: Tensor | None = None) -> Linear:
+        assert scales is None, "products of integers are the CPU's"
+        return lambda x: F.linear(_floats(x), weight, bias)
 
     def bucket(self, tokens: int) -> int:
         return max(64, 1 << (tokens - 1).bit_length())
@@ -109,11 +160,12 @@ class CudaKernels(TorchKernels):
         return out.flatten(1)
 
 
+_SUFFIXES: Final = {torch.float32: "f32", torch.bfloat16: "bf16", torch.int8: "i8"}
 _LEVELS: Final = {"AVX512": "v4", "AVX2": "v3"}  # what torch found the processor to be, to the level of x86-64
 
 
 class NativeKernels(TorchKernels):
-    """guard/model/native/kernels.cpp between oneDNN's products; for float32 and bfloat16 on the CPU."""
+    """guard/model/native/kernels.cpp between oneDNN's products, on the CPU."""
 
     def __init__(self, library: str, name: str) -> None:
         self.name = name
@@ -129,18 +181,32 @@ class NativeKernels(TorchKernels):
         return cls(spec.origin, f"native-x86-64-{level}")
 
     def _call(self, function: str, dtype: torch.dtype, *arguments: Tensor | int | float | None) -> None:
-        suffix = "f32" if dtype == torch.float32 else "bf16"
-        self._library[f"guard_{function}_{suffix}"](*map(_as_c, arguments))
+        self._library[f"guard_{function}_{_SUFFIXES[dtype]}"](*map(_as_c, arguments))
 
-    def add_rms_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        if delta is not None and delta.dtype != dtype:  # after the last layer: bfloat16 in, float32 out
-            x, delta = x.add_(delta), None
+    def quantise(self, x: Tensor) -> Scaled:
+        out = _integers(*x.shape)
+        self._call("quantise", torch.int8, x, *out, *x.shape)
+        return out
+
+    def add_rms_norm(self, x: Tensor, delta: Rows | None, weight: Tensor, eps: float, dtype: torch.dtype) -> Rows:
+        if dtype == torch.int8:
+            integers = _integers(*x.shape)
+            values, scales = delta if isinstance(delta, Scaled) else (delta, None)
+            self._call("add_rms_norm", dtype, x, values, scales, weight, *integers, *x.shape, eps)
+            return integers
+        if delta is not None and (isinstance(delta, Scaled) or delta.dtype != dtype):  # after the last layer
+            x, delta = x.add_(_floats(delta)), None
         out = torch.empty_like(x, dtype=dtype)
         self._call("add_rms_norm", dtype, x, delta, weight, out, *x.shape, eps)
         return out
 
-    def rope(self, qkv: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, heads: int) -> None:
-        self._call("rope", qkv.dtype, qkv, positions, cos, sin, *qkv.shape, heads, 2 * cos.shape[-1])
+    def rope(self, rows: Rows, positions: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
+        if isinstance(rows, Scaled):
+            qkv, scales = rows
+            self._call("rope", torch.int8, qkv, scales, positions, cos, sin, *qkv.shape, heads, 2 * cos.shape[-1])
+            return qkv
+        self._call("rope", rows.dtype, rows, positions, cos, sin, *rows.shape, heads, 2 * cos.shape[-1])
+        return rows
 
     def attention(self, qkv: Tensor, bounds: Tensor, heads: int, kv_heads: int) -> Tensor:
         dim = qkv.shape[1] // (heads + 2 * kv_heads)
@@ -150,10 +216,18 @@ class NativeKernels(TorchKernels):
         self._call("attention", qkv.dtype, qkv, bounds, len(bounds) - 1, out, heads, kv_heads, dim)
         return out
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
+    def silu_mul(self, gate_up: Rows) -> Rows:
+        if isinstance(gate_up, Scaled):
+            integers = _integers(len(gate_up.values), gate_up.values.shape[1] // 2)
+            self._call("silu_mul", torch.int8, *gate_up, *integers, *integers.values.shape)
+            return integers
         out = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
         self._call("silu_mul", gate_up.dtype, gate_up, out, *out.shape)
         return out
+
+
+def _integers(rows: int, width: int) -> Scaled:
+    return Scaled(torch.empty(rows, width, dtype=torch.uint8), torch.empty(rows))
 
 
 def _as_c(argument: Tensor | int | float | None) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.c_float:

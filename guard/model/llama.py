@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from guard.errors import CheckpointError
-from guard.model.kernels import Linear, TorchKernels
+from guard.model.kernels import Linear, Rows, TorchKernels
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,9 @@ class Llama:
     """The decoder without its language-model head: packed batches in, hidden states, or what a head makes of them, out.
 
     `tensors` holds the checkpoint's tensors under their Hugging Face names (with or without the `model.` prefix), on
-    the device and in the type to compute in. What is used is taken out of it, so that weights laid out anew for the
-    processor do not stand in memory twice. `head` takes float32 [rows, hidden].
+    the device and in the type to compute in; beside a matrix of int8, `<name>_scale` has the scales of its rows. What
+    is used is taken out of it, so that weights laid out anew for the processor do not stand in memory twice. `head`
+    takes float32 [rows, hidden].
     """
 
     def __init__(
@@ -99,13 +100,17 @@ class Llama:
             stems = [f"layers.{layer}.{block}.{name}_proj" for name in names]
             weight = torch.cat([take(f"{stem}.weight") for stem in stems])
             biased = f"{prefix}{stems[0]}.bias" in tensors
-            return kernels.linear(weight, torch.cat([take(f"{stem}.bias") for stem in stems]) if biased else None)
+            bias = torch.cat([take(f"{stem}.bias") for stem in stems]) if biased else None
+            if weight.dtype != torch.int8:
+                return kernels.linear(weight, bias)
+            return kernels.linear(weight, bias, torch.cat([take(f"{stem}.weight_scale") for stem in stems]))
 
         self.config = config
         self._kernels = kernels
         self._head = head
         self._embedding = take("embed_tokens.weight")
         self.device, self.dtype = self._embedding.device, self._embedding.dtype
+        self._embedding_scale = take("embed_tokens.weight_scale") if self.dtype == torch.int8 else None
         self._layers = [
             _Layer(
                 attention_norm=take(f"layers.{i}.input_layernorm.weight").float(),
@@ -150,14 +155,18 @@ class Llama:
         """ids, positions [T], bounds [S + 1], wanted [R], all int32 -> float32 [R, ...]."""
         kernels, config = self._kernels, self.config
         x = self._embedding[ids].float()  # [T, hidden], the residual stream
-        delta = None
+        if self._embedding_scale is not None:
+            x *= self._embedding_scale[ids, None]
+        delta: Rows | None = None
         for i, layer in enumerate(self._layers):
             qkv = layer.qkv(kernels.add_rms_norm(x, delta, layer.attention_norm, config.eps, self.dtype))
-            kernels.rope(qkv, positions, self._cos, self._sin, config.heads + config.kv_heads)
+            qkv = kernels.rope(qkv, positions, self._cos, self._sin, config.heads + config.kv_heads)
             context = kernels.attention(qkv, bounds, config.heads, config.kv_heads)
             if i + 1 == config.layers:  # no later layer looks at the other tokens
                 x, context = x[wanted], context[wanted]
             gate_up = layer.gate_up(kernels.add_rms_norm(x, layer.out(context), layer.mlp_norm, config.eps, self.dtype))
             delta = layer.down(kernels.silu_mul(gate_up))
         hidden = kernels.add_rms_norm(x, delta, self._norm, config.eps, torch.float32)
-        return self._head(hidden) if self._head else hidden
+        out = self._head(hidden) if self._head else hidden
+        assert isinstance(out, Tensor), "float32 stays float32"
+        return out

@@ -56,7 +56,8 @@ def unknown_hazards(policy: Policy, scored: Collection[str]) -> tuple[str, ...]:
 
 
 def _category(name: str, spec: CategorySpec) -> Category:
-    hazards = tuple(code for code in HAZARDS if code in spec.hazards)  # in the taxonomy's order, whatever the author's
+    own = sorted(set(spec.hazards) - HAZARDS.keys())
+    hazards = (*(code for code in HAZARDS if code in spec.hazards), *own)  # in this order, whatever the author's
     thresholds = {
         Role(role): tuple(
             sorted(((Action[action.upper()], score) for action, score in by_action.items()), reverse=True)

@@ -3,6 +3,7 @@
 The language has one way to say a thing; nothing is inherited, and a role that is not named is not judged.
 """
 
+import re
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Annotated, Literal
@@ -18,9 +19,15 @@ ON_ERROR: Mapping[str, Literal["allow", "block"]] = MappingProxyType(
 """What is answered when the model cannot, unless a policy says otherwise; `PolicySpec.on_error` tells why."""
 
 
+NAME = r"[a-z][a-z0-9-]*"
+OWN_HAZARD = rf"(?!unsafe$){NAME}"
+"""What a model may call a category that it was taught beside the taxonomy, see guard.training.head."""
+
+
 def _hazard(code: str) -> str:
-    if code not in HAZARDS:
-        raise PydanticCustomError("hazard", "a hazard code", {"known": tuple(HAZARDS)})
+    if code not in HAZARDS and not re.fullmatch(OWN_HAZARD, code):
+        known = (*HAZARDS, "the name of a category of the model's own")
+        raise PydanticCustomError("hazard", "a hazard code", {"known": known})
     return code
 
 
@@ -31,11 +38,14 @@ def _ascending(thresholds: dict[str, float]) -> dict[str, float]:
     return thresholds
 
 
-NAME = r"[a-z][a-z0-9-]*"
 Name = Annotated[str, Field(pattern=f"^{NAME}$")]
 Text = Annotated[str, Field(min_length=1)]
 RoleName = Literal["user", "agent", "system", "tool"]
-HazardCode = Annotated[str, AfterValidator(_hazard), Field(json_schema_extra={"enum": list(HAZARDS)})]
+HazardCode = Annotated[
+    str,
+    AfterValidator(_hazard),
+    Field(json_schema_extra={"anyOf": [{"enum": list(HAZARDS)}, {"pattern": f"^{OWN_HAZARD}$"}]}),
+]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Thresholds = Annotated[dict[Literal["flag", "block"], Probability], Field(min_length=1), AfterValidator(_ascending)]
 
@@ -54,7 +64,10 @@ class CategorySpec(_Spec):
         "is unsafe in any way; such a category lists no hazards.",
     )
     hazards: tuple[HazardCode, ...] = Field(
-        default=(), validate_default=True, description="Codes of the model's taxonomy that feed the category."
+        default=(),
+        validate_default=True,
+        description="What feeds the category: codes of the model's taxonomy, and names of categories that it was "
+        "taught beside them.",
     )
     thresholds: dict[RoleName, Thresholds] = Field(
         min_length=1,

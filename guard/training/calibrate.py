@@ -1,6 +1,6 @@
 """Turns a trained model's logits into probabilities, on rows it was not trained on."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -8,15 +8,15 @@ from sklearn.linear_model import LogisticRegression
 
 from guard.errors import ConfigError
 from guard.model.chat import ChatTokenizer
+from guard.model.checkpoint import Calibration
 from guard.training.data import Example
 from guard.training.evaluate import HEADS, Bools, Floats, labels
 from guard.training.finetune import TurnModel, batches
+from guard.types import Role
 
-_LENGTHS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048)
+_LENGTHS = (256, 512, 1024, 2048)
 _TOKENS = 2048
 _FEW = 30  # positives; a hazard with fewer shares the fit of all hazards
-
-Calibration = Mapping[str, tuple[float, float]]
 
 
 def predict(model: TurnModel, examples: Sequence[Example], tokenizer: ChatTokenizer) -> Floats:
@@ -25,15 +25,27 @@ def predict(model: TurnModel, examples: Sequence[Example], tokenizer: ChatTokeni
     logits = np.empty((len(examples), len(HEADS)))
     for batch in batches(examples, tokenizer, _LENGTHS, _TOKENS):
         with torch.inference_mode():
-            logits[list(batch.places)] = model(batch.ids, batch.last)[: len(batch.places)].numpy()
+            logits[list(batch.places)] = model(batch).numpy()
     return logits
 
 
-def calibrate(logits: Floats, examples: Sequence[Example]) -> dict[str, tuple[float, float]]:
-    """(a, b) for each head, so that sigmoid(a * logit + b) is a probability; rows count by their weight.
+def calibrate(logits: Floats, examples: Sequence[Example]) -> Calibration:
+    """(a, b) for each role and head, so that sigmoid(a * logit + b) is a probability; rows count by their weight.
 
-    Raises ConfigError where no row is unsafe, or of a hazard, or none is safe.
+    A role with few unsafe rows shares the fit of all rows. Raises ConfigError where no row is unsafe, or of a hazard,
+    or none is safe.
     """
+    fits = {}
+    for role in (Role.USER, Role.AGENT):
+        own = np.array([example.role == role for example in examples])
+        unsafe = np.array([example.unsafe and example.hazards is not None for example in examples])
+        if (own & unsafe).sum() < _FEW or (own & ~unsafe).sum() < _FEW:
+            own = np.ones_like(own)
+        fits[role] = _fits(logits[own], [example for example, mine in zip(examples, own, strict=True) if mine])
+    return fits
+
+
+def _fits(logits: Floats, examples: Sequence[Example]) -> dict[str, tuple[float, float]]:
     true, known = labels(examples)
     weights = np.array([example.weight for example in examples])
     hazards = known[:, 1:]
@@ -47,9 +59,10 @@ def calibrate(logits: Floats, examples: Sequence[Example]) -> dict[str, tuple[fl
     return fits
 
 
-def probabilities(logits: Floats, calibration: Calibration) -> Floats:
+def probabilities(logits: Floats, calibration: Calibration, examples: Sequence[Example]) -> Floats:
     """Calibrated scores, of the shape of the logits."""
-    a, b = np.array([calibration[code] for code in HEADS]).T
+    fits = {role: [own[code] for code in HEADS] for role, own in calibration.items()}
+    a, b = np.array([fits.get(example.role) or fits[Role.USER] for example in examples]).transpose(2, 0, 1)
     scores: Floats = 1 / (1 + np.exp(-(a * logits + b)))
     return scores
 

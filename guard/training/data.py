@@ -17,6 +17,8 @@ from guard.types import HAZARDS, Conversation, Role, Turn
 
 Split = Literal["train", "validation"]
 
+AUTHORED = Path(__file__).parent / "authored"  # the sources that were written for Guard
+
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -26,14 +28,16 @@ class Source(_Strict):
     """What a recipe takes of one file `<name>.jsonl.gz` or `<name>.jsonl`.
 
     `safe` and `unsafe` are the most rows of that label in the training split, `repeat` how often each is seen in an
-    epoch, `weight` its weight in the loss. `group` names keys of `source_labels`; rows that agree in them stay in
-    one split. Without it rows that open with the same turn do.
+    epoch, `weight` its weight in the loss; of its labels a share `smoothing` is doubted. `group` names keys of
+    `source_labels`; rows that agree in them stay in one split. Without it, or where a row has none of them, rows that
+    open with the same turn do.
     """
 
     safe: Annotated[int, Field(ge=0)] | None = None
     unsafe: Annotated[int, Field(ge=0)] | None = None
     repeat: Annotated[int, Field(ge=1)] = 1
     weight: Annotated[float, Field(gt=0)] = 1.0
+    smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target: Role | None = None
     group: tuple[str, ...] = ()
     validation: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -44,22 +48,27 @@ class Recipe(_Strict):
     """Which rows train a model, and how.
 
     `validation` is the share of groups held out of each source, `validation_rows` the most of them, of either label,
-    that are used. The model is the base's first `blocks` blocks, of which the first `frozen_blocks` stay as they are.
-    A step reads `tokens_per_step` tokens, in rows of one of the `lengths`. The learning rate rises over `warmup_steps`
-    and falls over the last `decay`, a share, of the `steps`. `hazard_loss` is the weight of the loss of all hazards
-    beside that of `unsafe`.
+    that are used; a share `augmented` of the others is changed in ways that keep the label. The model is the base's
+    first `blocks` blocks, of which the first `frozen_blocks` stay as they are; it is trained in float32 with products
+    in `precision`. A step reads `tokens_per_step` tokens, packed into rows of one of the `lengths`. The learning rate
+    rises over `warmup_steps` and falls over the last `decay`, a share, of the `steps`; in each block it is
+    `block_decay` times that of the block above. `hazard_loss` is the weight of the loss of all hazards beside that of
+    `unsafe`.
     """
 
     seed: int
     max_tokens: Annotated[int, Field(ge=16)]
     validation: Annotated[float, Field(ge=0, lt=1)]
     validation_rows: Annotated[int, Field(ge=0)]
+    augmented: Annotated[float, Field(ge=0, le=1)]
     blocks: Annotated[int, Field(ge=1)]
     frozen_blocks: Annotated[int, Field(ge=0)]
+    precision: Literal["bfloat16", "float32"]
     tokens_per_step: Annotated[int, Field(ge=16)]
     lengths: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
     steps: Annotated[int, Field(ge=1)]
     learning_rate: Annotated[float, Field(gt=0)]
+    block_decay: Annotated[float, Field(gt=0, le=1)]
     head_learning_rate: Annotated[float, Field(gt=0)]
     weight_decay: Annotated[float, Field(ge=0)]
     warmup_steps: Annotated[int, Field(ge=1)]
@@ -85,6 +94,7 @@ class Example:
     unsafe: bool
     hazards: frozenset[str] | None
     weight: float = 1.0
+    smoothing: float = 0.0
 
     @property
     def role(self) -> Role:
@@ -95,6 +105,12 @@ class Example:
     def labels(self) -> tuple[bool, ...]:
         """What is true of it, as far as known: unsafe, then each hazard."""
         return (self.unsafe, *(code in (self.hazards or ()) for code in HAZARDS))
+
+    @property
+    def targets(self) -> tuple[float, ...]:
+        """The probabilities to learn: the labels, that of `unsafe` doubted as far as it is smoothed."""
+        unsafe, *hazards = map(float, self.labels)
+        return (unsafe + self.smoothing * (0.5 - unsafe), *hazards)
 
 
 class _Message(BaseModel):
@@ -119,7 +135,7 @@ class Record(BaseModel):
     categories: frozenset[Annotated[str, AfterValidator(_hazard)]] = frozenset()
     source_labels: dict[str, Any] = {}
 
-    def example(self, weight: float = 1.0) -> Example:
+    def example(self, weight: float = 1.0, smoothing: float = 0.0) -> Example:
         """The record as an example; one without a label counts as safe."""
         turns = tuple(Turn(message.role, message.content) for message in self.turns)
         return Example(
@@ -130,6 +146,7 @@ class Record(BaseModel):
             unsafe=self.unsafe == 1,
             hazards=None if self.unsafe and not self.categories else self.categories,
             weight=weight,
+            smoothing=smoothing,
         )
 
 
@@ -148,6 +165,17 @@ def load_examples(recipe: Recipe, directory: Path, split: Split) -> list[Example
     return [example for name in recipe.sources for example in _take(recipe, directory, name, split)]
 
 
+def load_benchmarks(directory: Path, rows: int) -> dict[str, list[Example]]:
+    """Of every JSON Lines file of a directory at most so many labelled rows, the same each time, by the file's name."""
+    names = sorted({path.name.split(".")[0] for path in directory.glob("*.jsonl*")})
+    found = {}
+    for name in names:
+        labelled = [record for record in read_records(directory, name) if record.unsafe is not None]
+        chosen = sorted(labelled, key=lambda record: _fraction(0, record.id))[:rows]
+        found[name] = [record.example() for record in chosen]
+    return {name: examples for name, examples in found.items() if examples}
+
+
 def repeated(recipe: Recipe, examples: Iterable[Example]) -> list[Example]:
     """One epoch: every example as often as its source repeats."""
     return [example for example in examples for _ in range(recipe.sources[example.source].repeat)]
@@ -163,17 +191,19 @@ def _take(recipe: Recipe, directory: Path, name: str, split: Split) -> Iterator[
         held_out = _fraction(recipe.seed, _group(record, source)) < share
         if record.unsafe is None or held_out != (split == "validation"):
             continue
-        example = record.example(source.weight)
+        example = record.example(source.weight, source.smoothing)
         if source.target in (None, example.role) and taken[example.unsafe] != most[example.unsafe]:
             taken[example.unsafe] += 1
             yield example
 
 
 def read_records(directory: Path, name: str) -> Iterator[Record]:
-    """The records of `<name>.jsonl.gz` or `<name>.jsonl`; raises ConfigError with file, line and key of a wrong one."""
-    path = directory / f"{name}.jsonl.gz"
-    if not path.exists():
-        path = directory / f"{name}.jsonl"
+    """The records of `<name>.jsonl.gz` or `<name>.jsonl`, in the directory or among those written for Guard.
+
+    Raises ConfigError with file, line and key of a wrong one.
+    """
+    places = [place / f"{name}{suffix}" for place in (directory, AUTHORED) for suffix in (".jsonl.gz", ".jsonl")]
+    path = next((path for path in places if path.exists()), places[0])
     try:
         with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
@@ -190,8 +220,9 @@ def _record(line: str, place: str) -> Record:
 
 
 def _group(record: Record, source: Source) -> str:
-    if source.group:
-        return "|".join(str(record.source_labels.get(key)) for key in source.group)
+    values = [record.source_labels.get(key) for key in source.group]
+    if any(value is not None for value in values):
+        return "|".join(map(str, values))
     return " ".join(record.turns[0].content.lower().split())
 
 

@@ -1,11 +1,13 @@
-"""What a model's scores are worth on labelled rows: metrics, and the thresholds for a false-positive rate."""
+"""What a model's scores are worth on labelled rows: metrics and operating points, each with its 95 % interval."""
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.metrics import average_precision_score, roc_auc_score
+from scipy.stats import binomtest
+from sklearn.metrics import average_precision_score, f1_score, precision_recall_curve, roc_auc_score, roc_curve
 
 from guard.training.data import Example
 from guard.types import HAZARDS, Role
@@ -14,7 +16,14 @@ Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
 HEADS = ("unsafe", *HAZARDS)
-FALSE_POSITIVE_RATES = (0.005, 0.01, 0.02, 0.05)
+METRICS = ("auprc", "auroc", "f1", "fpr", "recall", "recall_at_fpr_0.01", "ece")
+FALSE_POSITIVE_RATES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
+LENGTHS = (0, 100, 400, 1600)
+"""Where the buckets of length begin; characters of the conversation."""
+_BINS = 10  # of calibration
+_FEWEST = 5  # rows of either label; resamples of fewer say nothing of how uncertain a metric is
+_RESAMPLES = 500
+_BLOCK = 4_000_000  # counts of rows that are held at a time
 
 
 def labels(examples: Sequence[Example]) -> tuple[Bools, Bools]:
@@ -23,82 +32,243 @@ def labels(examples: Sequence[Example]) -> tuple[Bools, Bools]:
     return np.array([example.labels for example in examples], bool), np.array(known, bool)
 
 
-def metrics(scores: Floats, positive: Bools) -> dict[str, float]:
-    """Of probabilities, [rows]; what needs both labels is left out where one is missing."""
-    found: dict[str, float] = {"rows": len(scores), "positives": int(positive.sum())}
-    if not positive.all():
-        found["fpr_at_0.5"] = float((scores[~positive] >= 0.5).mean())
+def evaluate(scores: Floats, examples: Sequence[Example], threshold: float = 0.5) -> dict[str, Any]:
+    """`metrics` of `unsafe` over all rows and by role, language, source and length, and of each hazard that occurs.
+
+    `scores` are [rows, 1 + hazards], not a number where the model does not score a hazard. `curves` is what plots show.
+    """
+    true, _ = labels(examples)
+    return {
+        "threshold": threshold,
+        **_sliced(examples, scores, lambda rows, head: metrics(scores[rows, head], true[rows, head], threshold)),
+        "curves": curves(scores[:, 0], true[:, 0]),
+    }
+
+
+def compare(scores: Floats, others: Floats, examples: Sequence[Example], threshold: float = 0.5) -> dict[str, Any]:
+    """`difference` of two models on the same rows, sliced as `evaluate` does."""
+    true, _ = labels(examples)
+    return {
+        "threshold": threshold,
+        **_sliced(
+            examples,
+            scores + others,
+            lambda rows, head: difference(scores[rows, head], others[rows, head], true[rows, head], threshold),
+        ),
+    }
+
+
+def metrics(scores: Floats, positive: Bools, threshold: float = 0.5) -> dict[str, Any]:
+    """METRICS of probabilities [rows] and their `intervals`.
+
+    Left out is what needs harmless or unsafe rows where there are none, or both where either are fewer than five.
+    Intervals of the shares `fpr` and `recall` are Wilson's, which tell how little 0 of 20 says; the others are those
+    of `_interval`.
+    """
+    estimates = _estimates(scores, positive, threshold)
+    resampled = _resampled(positive, lambda counts: recount(scores, positive, counts, threshold))
+    flagged = scores >= threshold
+    shares = {"fpr": flagged[~positive], "recall": flagged[positive]}
+    intervals = {
+        name: wilson(int(shares[name].sum()), len(shares[name]))
+        if name in shares
+        else _interval(resampled[name], estimate)
+        for name, estimate in estimates.items()
+    }
+    return _rounded({"rows": len(scores), "positives": int(positive.sum()), **estimates, "intervals": intervals})
+
+
+def difference(scores: Floats, others: Floats, positive: Bools, threshold: float = 0.5) -> dict[str, Any]:
+    """METRICS of `scores` minus those of `others`, [rows] each, with the intervals of the difference.
+
+    Both models are measured on the same resamples of the rows. `changed` is the share of rows whose verdict at the
+    threshold differs.
+    """
+    of_others = _estimates(others, positive, threshold)
+    estimates = {name: value - of_others[name] for name, value in _estimates(scores, positive, threshold).items()}
+
+    def recounted(counts: Floats) -> dict[str, Floats]:
+        subtrahend = recount(others, positive, counts, threshold)
+        return {name: value - subtrahend[name] for name, value in recount(scores, positive, counts, threshold).items()}
+
+    resampled = _resampled(positive, recounted)
+    changed = (scores >= threshold) != (others >= threshold)
+    intervals = {name: _interval(resampled[name], estimate) for name, estimate in estimates.items()}
+    intervals["changed"] = wilson(int(changed.sum()), len(changed))
+    found = {"rows": len(scores), "positives": int(positive.sum()), "changed": float(changed.mean()), **estimates}
+    return _rounded(found | {"intervals": intervals})
+
+
+def recount(scores: Floats, positive: Bools, counts: Floats, threshold: float) -> dict[str, Floats]:
+    """METRICS, [resamples] each, where row i counts `counts[:, i]` times; a missing label makes them meaningless."""
+    order = np.argsort(-scores)
+    descending = scores[order]
+    last = np.flatnonzero(np.diff(descending, append=-1.0))  # of each run of equal scores
+    found = [np.cumsum(counts[:, order] * label[order], axis=1)[:, last] for label in (positive, ~positive)]
+    true, false = (np.pad(hits, ((0, 0), (1, 0))) for hits in found)  # [resamples, 1 + distinct scores]
+    recall, fpr = (hits / np.maximum(hits[:, -1:], 1) for hits in (true, false))
+    precision = true / np.maximum(true + false, 1)
+    at = int((descending[last] >= threshold).sum())  # the column of what reaches the threshold
+    return {
+        "auprc": (np.diff(recall, axis=1) * precision[:, 1:]).sum(axis=1),
+        "auroc": np.trapezoid(recall, fpr, axis=1),
+        "f1": 2 * true[:, at] / np.maximum(true[:, at] + false[:, at] + true[:, -1], 1),
+        "fpr": fpr[:, at],
+        "recall": recall[:, at],
+        "recall_at_fpr_0.01": np.where(fpr <= 0.01, recall, 0).max(axis=1),
+        "ece": calibration_error(scores, positive, counts),
+    }
+
+
+def calibration_error(scores: Floats, positive: Bools, counts: Floats) -> Floats:
+    """Expected calibration error over bins of equal width, [resamples], where row i counts `counts[:, i]` times."""
+    gaps = (scores - positive)[:, None] * (_bin(scores, _BINS)[:, None] == np.arange(_BINS))  # [rows, bins]
+    error: Floats = abs(counts @ gaps).sum(axis=1) / counts.sum(axis=1)
+    return error
+
+
+def curves(scores: Floats, positive: Bools) -> dict[str, Any]:
+    """What plots show of probabilities [rows]: reliability by bin, counts of scores by label, precision over recall."""
+    bins = _bin(scores, _BINS)
+    reliability = [
+        {
+            "score": scores[bins == b].mean(),
+            "unsafe": positive[bins == b].mean(),
+            "interval": wilson(int(positive[bins == b].sum()), int((bins == b).sum())),
+        }
+        for b in np.unique(bins)
+    ]
+    counts = {
+        label: np.bincount(_bin(scores[rows], 2 * _BINS), minlength=2 * _BINS).tolist()
+        for label, rows in (("safe", ~positive), ("unsafe", positive))
+    }
+    found: dict[str, Any] = {"reliability": reliability, "scores": counts}
     if positive.any():
-        found["recall_at_0.5"] = float((scores[positive] >= 0.5).mean())
-    if positive.any() and not positive.all():
-        found["auprc"] = float(average_precision_score(positive, scores))
-        found["auroc"] = float(roc_auc_score(positive, scores))
-        threshold = threshold_at(scores[~positive], 0.01)
-        found["recall_at_fpr_0.01"] = float((scores[positive] >= threshold).mean())
-        found["ece"] = calibration_error(scores, positive)
-    return {name: round(value, 4) for name, value in found.items()}
+        precision, recall, _ = precision_recall_curve(positive, scores, drop_intermediate=True)
+        some = np.unique(np.linspace(0, len(recall) - 1, 100).astype(int))
+        found["precision_recall"] = {"precision": precision[some].tolist(), "recall": recall[some].tolist()}
+    return _rounded(found)
 
 
-def calibration_error(scores: Floats, positive: Bools, bins: int = 10) -> float:
-    """Expected calibration error over bins of equal width."""
-    which = np.minimum((scores * bins).astype(int), bins - 1)
-    gaps = (abs(scores[which == b].sum() - positive[which == b].sum()) for b in range(bins))
-    return float(sum(gaps) / len(scores))
+def thresholds(scores: Floats, examples: Sequence[Example]) -> dict[str, dict[str, dict[str, Any]]]:
+    """By role and head, for each of FALSE_POSITIVE_RATES the threshold that keeps to it, and what it then does.
+
+    Negatives are all harmless rows of the role. Each of `points` has the threshold, `fpr` and `recall`, the shares of
+    negatives and of positives that reach it, and their Wilson `intervals`. A head without a positive row of the role is
+    left out, and so is a point which no threshold of at most 1 can keep.
+    """
+    true, known = labels(examples)
+    roles = np.array([example.role for example in examples])
+    table: dict[str, dict[str, dict[str, Any]]] = {}
+    for role in (Role.USER, Role.AGENT):
+        harmless = (roles == role) & ~true[:, 0]
+        table[role] = {}
+        for head in _scored(scores):
+            positive = (roles == role) & true[:, head] & known[:, head]
+            if positive.any() and harmless.any():
+                table[role][HEADS[head]] = {
+                    "negatives": int(harmless.sum()),
+                    "positives": int(positive.sum()),
+                    "points": list(_points(scores[harmless, head], scores[positive, head])),
+                }
+    return table
 
 
 def threshold_at(negatives: Floats, rate: float) -> float:
-    """The lowest threshold that at most a share `rate` of these scores of harmless rows reaches."""
+    """The lowest threshold, in millionths, that at most a share `rate` of these scores of harmless rows reaches."""
     allowed = int(rate * len(negatives))
-    return float(np.nextafter(np.sort(negatives)[::-1][allowed], 2.0))
+    return float(np.floor(np.sort(negatives)[::-1][allowed] * 1e6) + 1) / 1e6
 
 
-def evaluate(scores: Floats, examples: Sequence[Example]) -> dict[str, Any]:
-    """Metrics of `unsafe` over all rows and by role, language and source, and of each hazard; scores [rows, heads]."""
+def wilson(hits: int, rows: int) -> tuple[float, float]:
+    """The 95 % interval of a share."""
+    interval = binomtest(hits, rows).proportion_ci(0.95, "wilson")
+    return float(interval.low), float(interval.high)
+
+
+def _points(negatives: Floats, positives: Floats) -> Iterator[dict[str, Any]]:
+    for rate in FALSE_POSITIVE_RATES:
+        threshold = threshold_at(negatives, rate)
+        if threshold <= 1:
+            false, true = int((negatives >= threshold).sum()), int((positives >= threshold).sum())
+            shares = {
+                "fpr": false / len(negatives),
+                "recall": true / len(positives),
+                "intervals": {"fpr": wilson(false, len(negatives)), "recall": wilson(true, len(positives))},
+            }
+            yield {"max_fpr": rate, "threshold": threshold, **_rounded(shares)}
+
+
+def _sliced(
+    examples: Sequence[Example], scores: Floats, measure: Callable[[Bools, int], dict[str, Any]]
+) -> dict[str, Any]:
+    """What `measure` finds of the rows of each slice, for one head."""
     true, known = labels(examples)
-
-    def grouped(keys: Iterable[str]) -> dict[str, dict[str, float]]:
-        of = np.array(list(keys))
-        return {str(key): metrics(scores[of == key, 0], true[of == key, 0]) for key in np.unique(of)}
-
+    length = [sum(len(turn.text) for turn in example.conversation.turns) for example in examples]
+    groups = {
+        "by_role": np.array([str(example.role) for example in examples]),
+        "by_language": np.array([example.lang for example in examples]),
+        "by_source": np.array([example.source for example in examples]),
+        "by_length": np.array(LENGTHS)[np.searchsorted(LENGTHS, length, "right") - 1],
+    }
     return {
-        "unsafe": metrics(scores[:, 0], true[:, 0]),
-        "by_role": grouped(example.role for example in examples),
-        "by_language": grouped(example.lang for example in examples),
-        "by_source": grouped(example.source for example in examples),
+        "unsafe": measure(known[:, 0], 0),
+        **{name: {str(key): measure(of == key, 0) for key in np.unique(of)} for name, of in groups.items()},
         "hazards": {
-            code: metrics(scores[known[:, head], head], true[known[:, head], head])
-            for head, code in enumerate(HEADS)
+            HEADS[head]: measure(known[:, head], head)
+            for head in _scored(scores)
             if head and true[known[:, head], head].any()
         },
     }
 
 
-def thresholds(scores: Floats, examples: Sequence[Example]) -> dict[str, dict[str, list[dict[str, float]]]]:
-    """By role and head: for each false-positive rate among harmless rows the threshold, and the recall it leaves.
-
-    A head without a positive row of the role is left out.
-    """
-    true, known = labels(examples)
-    roles = np.array([example.role for example in examples])
-    table: dict[str, dict[str, list[dict[str, float]]]] = {}
-    for role in (Role.USER, Role.AGENT):
-        harmless = (roles == role) & ~true[:, 0]
-        table[role] = {}
-        for head, code in enumerate(HEADS):
-            positive = (roles == role) & true[:, head] & known[:, head]
-            if positive.any() and harmless.any():
-                table[role][code] = [
-                    _operating_point(scores[harmless, head], scores[positive, head], rate)
-                    for rate in FALSE_POSITIVE_RATES
-                ]
-    return table
+def _scored(scores: Floats) -> list[int]:
+    return [head for head in range(len(HEADS)) if not np.isnan(scores[:, head]).any()]
 
 
-def _operating_point(negatives: Floats, positives: Floats, rate: float) -> dict[str, float]:
-    threshold = threshold_at(negatives, rate)
-    return {
-        "fpr": rate,
-        "threshold": round(threshold, 4),
-        "recall": round(float((positives >= threshold).mean()), 4),
-        "positives": len(positives),
-    }
+def _estimates(scores: Floats, positive: Bools, threshold: float) -> dict[str, float]:
+    flagged = scores >= threshold
+    found: dict[str, float] = {}
+    if not positive.all():
+        found["fpr"] = float(flagged[~positive].mean())
+    if positive.any():
+        found["recall"] = float(flagged[positive].mean())
+    if min(positive.sum(), (~positive).sum()) >= _FEWEST:
+        fpr, recall, _ = roc_curve(positive, scores, drop_intermediate=False)
+        found["auprc"] = float(average_precision_score(positive, scores))
+        found["auroc"] = float(roc_auc_score(positive, scores))
+        found["f1"] = float(f1_score(positive, flagged))
+        found["recall_at_fpr_0.01"] = float(recall[fpr <= 0.01].max())
+        found["ece"] = float(calibration_error(scores, positive, np.ones((1, len(scores))))[0])
+    return found
+
+
+def _resampled(positive: Bools, measure: Callable[[Floats], Mapping[str, Floats]]) -> dict[str, Floats]:
+    """What `measure` finds of each resample of the rows, drawn within each label; the same for the same labels."""
+    random = np.random.default_rng(0)
+    blocks = []
+    size = max(1, _BLOCK // len(positive))
+    for start in range(0, _RESAMPLES, size):
+        counts = np.zeros((min(size, _RESAMPLES - start), len(positive)))
+        for rows in (positive, ~positive):
+            if total := int(rows.sum()):
+                counts[:, rows] = random.multinomial(total, np.full(total, 1 / total), len(counts))
+        blocks.append(measure(counts))
+    return {name: np.concatenate([block[name] for block in blocks]) for name in METRICS}
+
+
+def _interval(resampled: Floats, estimate: float) -> tuple[float, float]:
+    """The middle 95 % of resamples; with the estimate, as a resample's calibration error tends to be larger."""
+    low, high = np.quantile(resampled, (0.025, 0.975))
+    return min(float(low), estimate), max(float(high), estimate)
+
+
+def _bin(scores: Floats, bins: int) -> NDArray[np.int_]:
+    which: NDArray[np.int_] = np.minimum((scores * bins).astype(int), bins - 1)
+    return which
+
+
+def _rounded(found: Mapping[str, Any]) -> dict[str, Any]:
+    """As JSON has it, floats to four digits."""
+    rounded: dict[str, Any] = json.loads(json.dumps(found), parse_float=lambda digits: round(float(digits), 4))
+    return rounded

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch._dynamo
@@ -17,22 +18,26 @@ from transformers import LlamaConfig, LlamaModel
 
 from guard.errors import ConfigError
 from guard.model.chat import ChatTokenizer
+from guard.training.augment import Augmenter
 from guard.training.data import Example, Recipe
 from guard.types import HAZARDS
 
 _BETAS = (0.9, 0.98)
+_OPEN_ROWS = 64  # that a sequence may still go into
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows padded on the right to one length; rows of weight 0 fill the batch up."""
+    """Sequences packed into rows of one length, and the end tokens of judged turns in them, one for each label."""
 
     ids: Tensor  # [rows, length]
-    last: Tensor  # [rows], where the judged turn's end token stands
-    targets: Tensor  # [rows, 1 + hazards], 0 or 1
-    mask: Tensor  # [rows, 1 + hazards], 0 where the label is unknown
-    weights: Tensor  # [rows]
-    places: tuple[int, ...]  # where the rows stand among the examples; none for rows that fill up
+    positions: Tensor  # [rows, length], within the sequence
+    sequence: Tensor  # [rows, length], which sequence of its row a token is of
+    judged: Tensor  # [labels], where end tokens stand in the rows laid end to end
+    targets: Tensor  # [labels, 1 + hazards], probabilities
+    mask: Tensor  # [labels, 1 + hazards], 0 where the label is unknown
+    weights: Tensor  # [labels]
+    places: tuple[int, ...]  # where the labels stand among the examples
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,44 +75,103 @@ class TurnModel(nn.Module):
         for block in self.model.layers:
             block.compile(dynamic=False)
 
-    def forward(self, ids: Tensor, last: Tensor) -> Tensor:
-        # Padding is on the right, and attention causal: no row needs a mask.
-        hidden = self.model.embed_tokens(ids)  # [rows, length, hidden]
-        rotary = self.model.rotary_emb(hidden, torch.arange(ids.shape[1])[None])
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits [labels, 1 + hazards], float32."""
+        hidden = self.model.embed_tokens(batch.ids)  # [rows, length, hidden]
+        rotary = self.model.rotary_emb(hidden, batch.positions)
+        length = batch.ids.shape[1]
+        earlier = torch.ones(length, length, dtype=torch.bool, device=hidden.device).tril()
+        mask = (batch.sequence[:, None, :, None] == batch.sequence[:, None, None, :]) & earlier
         for block in self.model.layers:
             trains = torch.is_grad_enabled() and next(block.parameters()).requires_grad
             with torch.set_grad_enabled(trains):
-                hidden = block(hidden, position_embeddings=rotary)
-        judged = self.model.norm(hidden[torch.arange(len(ids)), last])
-        logits: Tensor = self.score(judged)
+                hidden = block(hidden, attention_mask=mask, position_embeddings=rotary)
+        judged = self.model.norm(hidden.flatten(0, 1)[batch.judged])
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits: Tensor = self.score(judged.float())
         return logits
 
 
 def batches(examples: Sequence[Example], tokenizer: ChatTokenizer, lengths: Sequence[int], tokens: int) -> list[Batch]:
-    """Examples, in their order, in batches of at most `tokens`; each row in the shortest of `lengths` that holds it."""
-    of_length: dict[int, list[tuple[int, tuple[int, ...]]]] = {length: [] for length in sorted(lengths)}
-    for place, example in enumerate(examples):
-        ids = tokenizer.tokenise(example.conversation)[0].ids
-        of_length[next(length for length in of_length if length >= len(ids))].append((place, ids))
-    return [
-        _batch(examples, rows[start : start + tokens // length], length, tokens // length)
-        for length, rows in of_length.items()
-        for start in range(0, len(rows), tokens // length)
-    ]
+    """Examples in batches of `tokens`, each in rows of the shortest of `lengths` that holds it.
+
+    A conversation that another one begins with is read as part of that one: a token depends on earlier ones alone.
+    """
+    rendered = [tokenizer.tokenise(example.conversation)[0].ids for example in examples]
+    packed = []
+    for length, sequences in _by_length(_folded(rendered), lengths).items():
+        rows = _rows(sequences, length)
+        count = max(1, tokens // length)
+        rows += [[]] * (-len(rows) % count)  # batches of one length have one shape: it is compiled once
+        packed += [_batch(examples, rows[start : start + count], length) for start in range(0, len(rows), count)]
+    return packed
 
 
-def _batch(examples: Sequence[Example], rows: Sequence[tuple[int, tuple[int, ...]]], length: int, size: int) -> Batch:
-    heads = 1 + len(HAZARDS)
-    ids, last = torch.zeros(size, length, dtype=torch.long), torch.zeros(size, dtype=torch.long)
-    targets, mask, weights = torch.zeros(size, heads), torch.zeros(size, heads), torch.zeros(size)
-    for row, (place, tokens) in enumerate(rows):
-        example = examples[place]
-        ids[row, : len(tokens)] = torch.tensor(tokens)
-        last[row] = len(tokens) - 1
-        targets[row] = torch.tensor([float(label) for label in example.labels])
-        mask[row, 0], mask[row, 1:] = 1.0, float(example.hazards is not None)
-        weights[row] = example.weight
-    return Batch(ids, last, targets, mask, weights, tuple(place for place, _ in rows))
+# Token ids, and the places of the examples that they hold, with the number of tokens up to the end of each.
+_Sequence = tuple[tuple[int, ...], list[tuple[int, int]]]
+
+
+def _folded(rendered: Sequence[tuple[int, ...]]) -> list[_Sequence]:
+    """One sequence for each rendered conversation that no other begins with, in the order of the first examples."""
+    order = sorted(range(len(rendered)), key=lambda place: rendered[place], reverse=True)
+    sequences: list[_Sequence] = []
+    for place in order:  # whatever begins with this one stands right before it
+        ids = rendered[place]
+        # An example that is repeated is read again: it is to be met at several steps.
+        if not sequences or sequences[-1][0][: len(ids)] != ids or sequences[-1][1][-1][1] == len(ids):
+            sequences.append((ids, []))
+        sequences[-1][1].append((place, len(ids)))
+    return sorted(sequences, key=lambda sequence: min(sequence[1]))
+
+
+def _by_length(sequences: Sequence[_Sequence], lengths: Sequence[int]) -> dict[int, list[_Sequence]]:
+    found: dict[int, list[_Sequence]] = {length: [] for length in sorted(lengths)}
+    for sequence in sequences:
+        found[next(length for length in found if length >= len(sequence[0]))].append(sequence)
+    return found
+
+
+def _rows(sequences: Sequence[_Sequence], length: int) -> list[list[_Sequence]]:
+    """Rows of at most `length` tokens, each sequence in the first of the last few rows that has room."""
+    rows: list[list[_Sequence]] = []
+    room: list[int] = []
+    for sequence in sequences:
+        size = len(sequence[0])
+        row = next((row for row in range(max(0, len(rows) - _OPEN_ROWS), len(rows)) if room[row] >= size), None)
+        if row is None:
+            row = len(rows)
+            rows.append([])
+            room.append(length)
+        rows[row].append(sequence)
+        room[row] -= size
+    return rows
+
+
+def _batch(examples: Sequence[Example], rows: Sequence[Sequence[_Sequence]], length: int) -> Batch:
+    ids, positions, sequence = (torch.zeros(len(rows), length, dtype=torch.long) for _ in range(3))
+    labels: list[tuple[int, int]] = []  # where the end token stands, and the place of the example
+    for row, members in enumerate(rows):
+        start = 0
+        for number, (tokens, places) in enumerate(members, 1):
+            end = start + len(tokens)
+            ids[row, start:end] = torch.tensor(tokens)
+            positions[row, start:end] = torch.arange(len(tokens))
+            sequence[row, start:end] = number
+            labels += [(row * length + start + size - 1, place) for place, size in places]
+            start = end
+    known = [examples[place] for _, place in labels]
+    mask = torch.ones(len(known), 1 + len(HAZARDS))
+    mask[[example.hazards is None for example in known], 1:] = 0.0
+    return Batch(
+        ids=ids,
+        positions=positions,
+        sequence=sequence,
+        judged=torch.tensor([end for end, _ in labels]),
+        targets=torch.tensor([example.targets for example in known]),
+        mask=mask,
+        weights=torch.tensor([example.weight for example in known]),
+        places=tuple(place for _, place in labels),
+    )
 
 
 def loss_sum(logits: Tensor, batch: Batch, hazard_loss: float) -> Tensor:
@@ -122,11 +186,13 @@ def learning_rate(step: int, recipe: Recipe) -> float:
 
 
 def epoch(examples: Sequence[Example], tokenizer: ChatTokenizer, recipe: Recipe, number: int) -> list[Batch]:
-    """All batches of an epoch, one a step, shuffled as the recipe's seed and the epoch's number decide."""
-    shuffle = random.Random(f"{recipe.seed}:{number}")
-    shuffled = shuffle.sample(examples, len(examples))
-    plan = batches(shuffled, tokenizer, recipe.lengths, recipe.tokens_per_step)
-    shuffle.shuffle(plan)
+    """All batches of an epoch, one a step; the recipe's seed and the epoch's number decide shuffling and changes."""
+    rng = random.Random(f"{recipe.seed}:{number}")
+    augment = Augmenter(examples)
+    shuffled = rng.sample(examples, len(examples))
+    changed = [augment(example, rng) if rng.random() < recipe.augmented else example for example in shuffled]
+    plan = batches(changed, tokenizer, recipe.lengths, recipe.tokens_per_step)
+    rng.shuffle(plan)
     return plan
 
 
@@ -147,14 +213,7 @@ def finetune(
     Raises ConfigError where the file is of another recipe or of other rows.
     """
     model.freeze(recipe.frozen_blocks)
-    head = list(model.score.parameters())
-    body = [p for p in model.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        [{"params": body, "full": recipe.learning_rate}, {"params": head, "full": recipe.head_learning_rate}],
-        betas=_BETAS,
-        weight_decay=recipe.weight_decay,
-        fused=True,
-    )
+    optimizer = torch.optim.AdamW(_groups(model, recipe), betas=_BETAS, weight_decay=recipe.weight_decay, fused=True)
     state = out / "state.safetensors"
     run = fingerprint(recipe, examples)
     steps = recipe.steps
@@ -173,7 +232,7 @@ def finetune(
         rate = learning_rate(step, recipe)
         for group in optimizer.param_groups:
             group["lr"] = group["full"] * rate
-        losses.append(_step(model, optimizer, batch, recipe.hazard_loss, usual))
+        losses.append(_step(model, optimizer, batch, recipe, usual))
         tokens += batch.ids.numel()
         step += 1
         if step % report_every == 0 or step == steps:
@@ -185,10 +244,22 @@ def finetune(
             save(model, optimizer, state, step, run)
 
 
-def _step(model: TurnModel, optimizer: torch.optim.Optimizer, batch: Batch, hazard_loss: float, usual: float) -> float:
-    """One update; returns the mean loss of a row, weighted."""
+def _groups(model: TurnModel, recipe: Recipe) -> list[dict[str, Any]]:
+    """What is trained, by its full learning rate: lower blocks learn more slowly."""
+    blocks = [
+        {"params": list(block.parameters()), "full": recipe.learning_rate * recipe.block_decay**above}
+        for above, block in enumerate(reversed(model.model.layers[recipe.frozen_blocks :]))
+    ]
+    norm = {"params": list(model.model.norm.parameters()), "full": recipe.learning_rate}
+    return [{"params": list(model.score.parameters()), "full": recipe.head_learning_rate}, norm, *blocks]
+
+
+def _step(model: TurnModel, optimizer: torch.optim.Optimizer, batch: Batch, recipe: Recipe, usual: float) -> float:
+    """One update; returns the mean loss of a label, weighted."""
     optimizer.zero_grad()
-    total = loss_sum(model(batch.ids, batch.last), batch, hazard_loss)
+    with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bfloat16"):
+        logits = model(batch)
+    total = loss_sum(logits, batch, recipe.hazard_loss)
     torch.autograd.backward(total / usual)
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()

@@ -1,27 +1,37 @@
 """What makes a model: `train` one by a recipe, then `release` it calibrated, in int8 and measured."""
 
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from guard.errors import ConfigError
 from guard.model.chat import ChatTokenizer
-from guard.model.checkpoint import load_tensors, read_checkpoint, save_checkpoint
+from guard.model.checkpoint import amend_checkpoint, copy_checkpoint, load_tensors, read_checkpoint, save_checkpoint
+from guard.model.turn_classifier import TurnClassifier
+from guard.settings import Settings
 from guard.training.base import load_base
 from guard.training.calibrate import calibrate, predict, probabilities
+from guard.training.card import write_card
 from guard.training.data import Example, load_examples, read_recipe, repeated
-from guard.training.evaluate import Floats, evaluate, thresholds
-from guard.training.finetune import Progress, TurnModel, finetune
+from guard.training.evaluate import HEADS, Floats, evaluate, thresholds
+from guard.training.finetune import Progress, TurnModel, batches, finetune
+from guard.training.quantise import acceptable, agreement, smoothed
+from guard.training.served import served
 from guard.types import HAZARDS
 
 MAX_TOKENS = 2048
-_AGREEMENT_ROWS = 300
+_SMOOTHING = 0.5
+_SMOOTHING_ROWS = 256
+_BATCH_ROWS = 8
+_THRESHOLDS = "thresholds.json"
 
 
 def train(
@@ -69,17 +79,24 @@ def train(
 
 
 def load_model(path: Path) -> TurnModel:
-    """A trained model, float32, from its Hugging Face directory or from a Guard model directory."""
+    """A trained model, float32, from its Hugging Face directory or from a Guard model directory.
+
+    Outputs beyond those of the taxonomy, which come last, are left out.
+    """
     model = TurnModel(LlamaConfig.from_pretrained(path))
-    model.load_state_dict(load_tensors(path, torch.float32))
+    tensors = load_tensors(path, torch.float32)
+    heads = {name: tensors[name][: len(HEADS)] for name in ("score.weight", "score.bias")}
+    model.load_state_dict(tensors | heads)
     return model
 
 
-def score(path: Path, examples: Sequence[Example]) -> Floats:
-    """Calibrated probabilities [rows, 1 + hazards] by a Guard model directory, computed in float32."""
-    checkpoint = read_checkpoint(path)
-    tokenizer = ChatTokenizer(path / "tokenizer.json", checkpoint.max_tokens)
-    return probabilities(predict(load_model(path), examples, tokenizer), checkpoint.calibration)
+def score(path: Path, examples: Sequence[Example], dtype: str = "auto") -> Floats:
+    """Calibrated probabilities [rows, 1 + hazards] by a Guard model directory, each conversation read as it is."""
+    classifier = TurnClassifier(path, device="cpu", dtype=dtype)
+    windows = [classifier.tokenise(example.conversation)[0] for example in examples]
+    starts = range(0, len(windows), _BATCH_ROWS)
+    found = [scores for start in starts for (scores,) in classifier.score(windows[start : start + _BATCH_ROWS])]
+    return np.array([[scores.unsafe, *(scores.hazards[code] for code in HAZARDS)] for scores in found])
 
 
 def release(
@@ -93,17 +110,21 @@ def release(
 ) -> dict[str, Any]:
     """Calibrates a trained model on the rows its recipe holds out, writes the Guard model directory `out`, measures it.
 
-    Returns what `out/evaluation.json` holds: metrics on the held-out rows and the benchmarks, thresholds by role and
-    hazard, and how far the int8 weights' scores are from the float32 ones.
+    `out` may compute in int8 if that hardly changes a verdict. Returns what `out/evaluation.json` holds: metrics, as
+    served, on the held-out rows and the benchmarks, thresholds by role and hazard, and how far scores of int8 weights,
+    and of int8 products, are from those of the trained model. The model card is written from it.
     """
-    held_out = load_examples(read_recipe(recipe), data, "validation")
-    tokenizer = ChatTokenizer(trained / "tokenizer.json", MAX_TOKENS)
+    plan = read_recipe(recipe)
+    held_out = load_examples(plan, data, "validation")
+    seen = load_examples(plan, data, "train")
     model = load_model(trained)
+    tokenizer = ChatTokenizer(trained / "tokenizer.json", MAX_TOKENS)
     logits = predict(model, held_out, tokenizer)
     calibration = calibrate(logits, held_out)
+    sample = seen[:: max(1, len(seen) // _SMOOTHING_ROWS)]
     save_checkpoint(
         out,
-        tensors=model.state_dict(),
+        tensors=smoothed(model, batches(sample, tokenizer, [MAX_TOKENS], MAX_TOKENS), _SMOOTHING),
         config=json.loads((trained / "config.json").read_text(encoding="utf-8")),
         tokenizer_json=(trained / "tokenizer.json").read_text(encoding="utf-8"),
         name=name,
@@ -111,19 +132,70 @@ def release(
         hazards=tuple(HAZARDS),
         calibration=calibration,
     )
-    scores = probabilities(logits, calibration)
-    sample = slice(None, None, max(1, len(held_out) // _AGREEMENT_ROWS))
-    difference = abs(scores[sample] - score(out, held_out[sample]))
-    evaluation = {
-        "held_out": evaluate(scores, held_out),
-        "benchmarks": {title: evaluate(score(out, rows), rows) for title, rows in (benchmarks or {}).items()},
-        "thresholds": thresholds(scores, held_out),
-        "int8": {
-            "rows": len(difference),
-            "unsafe_max_difference": float(difference[:, 0].max()),
-            "unsafe_mean_difference": float(difference[:, 0].mean()),
-            "hazards_max_difference": float(difference[:, 1:].max()),
-        },
+    rounded = _allow_int8(out, probabilities(logits, calibration, held_out), held_out)
+    evaluation = {"held_out": _measure(out, held_out), "int8": rounded}
+    evaluation["thresholds"] = json.loads((out / _THRESHOLDS).read_text(encoding="utf-8"))
+    evaluation["benchmarks"] = {
+        title: evaluate(served(_serving(out), rows)[1], rows) for title, rows in (benchmarks or {}).items()
     }
     (out / "evaluation.json").write_text(json.dumps(evaluation, indent=1) + "\n", encoding="utf-8")
+    shutil.copy(recipe, out / "recipe.yaml")
+    write_card(out)
     return evaluation
+
+
+def recalibrate(model: Path, examples: Sequence[Example], out: Path) -> dict[str, Any]:
+    """Writes the model directory `out`: `model`, its probabilities and thresholds fitted to other labelled rows.
+
+    Returns the metrics on those rows. Outputs beyond the taxonomy keep their fit. Raises ConfigError for rows that lack
+    unsafe ones, those of a known hazard or safe ones.
+    """
+    checkpoint = read_checkpoint(model)
+    tokenizer = ChatTokenizer(model / "tokenizer.json", checkpoint.max_tokens)
+    fits = calibrate(predict(load_model(model), examples, tokenizer), examples)
+    copy_checkpoint(model, out)
+    amend_checkpoint(out, calibration={role: {**own, **fits[role]} for role, own in checkpoint.calibration.items()})
+    return _measure(out, examples)
+
+
+def quantise(model: Path, examples: Sequence[Example], out: Path) -> dict[str, Any]:
+    """Writes the model directory `out`: `model` made fit for products of int8, if on these labelled rows that will do.
+
+    Returns how far scores of int8 weights and of int8 products are from those of `model` in float32.
+    """
+    checkpoint = read_checkpoint(model)
+    tokenizer = ChatTokenizer(model / "tokenizer.json", checkpoint.max_tokens)
+    source = load_model(model)
+    reference = probabilities(predict(source, examples, tokenizer), checkpoint.calibration, examples)
+    sample = examples[:: max(1, len(examples) // _SMOOTHING_ROWS)]
+    whole = load_tensors(model, torch.float32)  # with outputs beyond the taxonomy
+    even = smoothed(source, batches(sample, tokenizer, [MAX_TOKENS], MAX_TOKENS), _SMOOTHING)
+    save_checkpoint(
+        out,
+        tensors=even | {name: whole[name] for name in ("score.weight", "score.bias")},
+        config=checkpoint.config,
+        tokenizer_json=(model / "tokenizer.json").read_text(encoding="utf-8"),
+        name=checkpoint.name,
+        max_tokens=checkpoint.max_tokens,
+        hazards=checkpoint.hazards,
+        calibration=checkpoint.calibration,
+    )
+    return _allow_int8(out, reference, examples)
+
+
+def _allow_int8(model: Path, reference: Floats, examples: Sequence[Example]) -> dict[str, Any]:
+    """Measures int8 against the probabilities of the model as it was, and lets it be chosen where it agrees."""
+    weights, products = (agreement(reference, score(model, examples, dtype), examples) for dtype in ("float32", "int8"))
+    amend_checkpoint(model, int8=acceptable(products))
+    return {"weights": weights, "products": products}
+
+
+def _measure(model: Path, examples: Sequence[Example]) -> dict[str, Any]:
+    """Metrics as served; leaves the thresholds in the model directory."""
+    _, scores = served(_serving(model), examples)
+    amend_checkpoint(model, {_THRESHOLDS: json.dumps(thresholds(scores, examples), indent=1) + "\n"})
+    return evaluate(scores, examples)
+
+
+def _serving(model: Path) -> Settings:
+    return Settings.load({"model": model, "device": "cpu"}, {})

@@ -3,10 +3,12 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.cli.command import guard
 from tests.training.tiny import RECIPE, colours, write_base, write_rows
+from tests.training.untrained import write_model
 
 
 async def test_what_was_trained_can_be_served(tmp_path: Path) -> None:
@@ -38,3 +40,41 @@ async def test_data_that_are_not_there_are_an_error_of_one_line(tmp_path: Path) 
     assert result.err.startswith(f"error: {paths['data']}")
     assert result.err.count("\n") == 1
     assert not paths["work"].exists()
+
+
+async def test_a_category_that_was_added_is_scored(tmp_path: Path) -> None:
+    """From a table of rows; what was measured of it goes to stdout, and `guard check` gives its score."""
+    model, rows, out = write_model(tmp_path / "model"), tmp_path / "rows.csv", tmp_path / "out"
+    lines = [f"{text} {n},{label}" for n in range(25) for text, label in (("apple", 1), ("nuts", 0))]
+    rows.write_text("text,label\n" + "\n".join(lines) + "\n")
+    options = (f"--from={model}", "--head-only", "--category=fruit", f"--data={rows}", f"--out={out}", "--name=taught")
+    trained = await guard("train", *options, OMP_NUM_THREADS="1")
+    assert (trained.code, trained.err) == (0, "")
+    found = json.loads(trained.out)
+    low, high = found["intervals"]["auprc"]
+    assert (found["rows"], found["positives"]) == (50, 25)
+    assert low <= found["auprc"] <= high
+
+    answer = json.loads((await guard("check", "--json", "--model", out, "apple 7", OMP_NUM_THREADS="1")).out)
+    assert answer["provenance"]["model"] == "taught"
+    assert list(answer["verdict"]["scores"]["hazards"])[-1] == "fruit"
+
+
+WHOLE, ADDED = ("--base=b", "--work=w"), ("--head-only", "--from=default", "--category=fruit")
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ((), "needs --base and --work, or --head-only with --from and --category"),
+        (("--work=w",), "needs --base and --work, or --head-only with --from and --category"),
+        (ADDED[:2], "needs --base and --work, or --head-only with --from and --category"),
+        ((*WHOLE, *ADDED[1:]), "--from, --category: not without --head-only"),
+        ((*WHOLE, "--steps=1", "--no-compile", *ADDED), "--base, --work, --steps, --no-compile: not with --head-only"),
+        (ADDED, "none.csv: cannot be read: FileNotFoundError"),
+    ],
+)
+async def test_options_that_do_not_go_together_are_an_error_of_one_line(options: tuple[str, ...], problem: str) -> None:
+    """None is passed over in silence."""
+    result = await guard("train", "--data=none.csv", "--out=out", *options)
+    assert (result.code, result.out, result.err) == (2, "", f"error: {problem}\n")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from guard.engine.batcher import Batcher, Scored
 from guard.errors import Draining, Expired, ModelFailed, Overloaded
 from guard.telemetry import Metrics, Telemetry
-from guard.types import Coverage, Lane, Scores, Span, Tokens
+from guard.types import Coverage, Lane, Role, Scores, Span, Tokens
 from tests.conftest import until
 
 
@@ -63,7 +63,7 @@ class Queue:
 
 def tokens_of(ids: Sequence[int], ends: Sequence[int] = ()) -> Tokens:
     """A sequence whose turns end at `ends`, by default one that is all of it."""
-    spans = (Span(turn, 0, end, Coverage(end, end)) for turn, end in enumerate(ends or [len(ids)]))
+    spans = (Span(turn, Role.USER, 0, end, Coverage(end, end)) for turn, end in enumerate(ends or [len(ids)]))
     return Tokens(tuple(ids), tuple(spans))
 
 

@@ -8,9 +8,11 @@ from safetensors.torch import save_file
 
 from guard.errors import CheckpointError
 from guard.model.checkpoint import load_tensors, read_checkpoint, save_checkpoint
+from guard.types import Role
 
 HAZARDS = ("S1", "X1")
-CALIBRATION = {"unsafe": (1.5, -0.25), "S1": (1.0, 0.0), "X1": (0.5, 0.125)}
+FITS = {"unsafe": (1.5, -0.25), "S1": (1.0, 0.0), "X1": (0.5, 0.125)}
+CALIBRATION = {Role.USER: FITS, Role.AGENT: dict.fromkeys(FITS, (1.25, 0.5))}
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -120,10 +122,10 @@ def test_a_changed_file_is_named(saved: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": 2}, "guard.json: format: Input should be 1"),
+        ({"format": 1}, "guard.json: format: Input should be 2"),
         ({"max_tokens": None}, "guard.json: max_tokens"),
         ({"surprise": 1}, "guard.json: surprise: Extra inputs"),
-        ({"calibration": {"unsafe": [1, 0]}}, "guard.json: calibration and hazards differ in S1, X1"),
+        ({"calibration": {"user": {"unsafe": [1, 0]}}}, "calibration.user: differs from the hazards in S1, X1"),
         ({"files": {}}, f"guard.json: files lacks config.json, {SHARD}, model.safetensors.index.json, tokenizer.json"),
         ({"files": {"pytorch_model.bin": ""}}, "'pytorch_model.bin' is neither JSON nor safetensors"),
         ({"files": {"../model/config.json": ""}}, "'../model/config.json' is neither JSON nor safetensors"),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from guard.errors import CheckpointError
-from guard.model.checkpoint import load_tensors, read_checkpoint
+from guard.model.checkpoint import as_integers, load_tensors, read_checkpoint
 from guard.model.kernels import CudaKernels, NativeKernels, TorchKernels
 from guard.model.llama import Llama, LlamaConfig
 from guard.settings import Settings
@@ -104,7 +104,8 @@ def reference(name: str) -> transformers.LlamaForCausalLM:
 @functools.cache
 def packed(name: str, form: str, dtype: torch.dtype = torch.float32) -> Llama:
     model = reference(name)
-    tensors = {key: value.to(dtype) for key, value in model.state_dict().items()}
+    state = model.state_dict()
+    tensors = as_integers(state) if dtype == torch.int8 else {key: value.to(dtype) for key, value in state.items()}
     return Llama(LlamaConfig.read(json.loads(model.config.to_json_string())), tensors, FORMS[form])
 
 
@@ -142,11 +143,11 @@ def test_the_embedded_model_does_not_depend_on_the_batch(lengths: list[int], ran
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
 @settings(deadline=None, max_examples=20)
 @batches
 def test_no_form_depends_on_the_batch(form: str, dtype: torch.dtype, lengths: list[int], random: Random) -> None:
-    """So it is in torch alone and with native kernels, in float32 and in bfloat16."""
+    """So it is in torch alone and with native kernels, in float32, bfloat16 and int8."""
     hold_batch_invariance(packed("llama3", form, dtype), lengths, random)
 
 
@@ -179,6 +180,31 @@ def test_forms_agree() -> None:
     theirs, *others = (torch.cat(read_all(packed("embedded", form), sequences)) for form in FORMS)
     for own in others:
         assert (own - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("name", ["llama3", "biased"])
+@pytest.mark.parametrize("form", FORMS)
+def test_int8_differs_from_float32_by_rounding_alone(name: str, form: str) -> None:
+    """Products of int8, with a scale for each row on either side, keep hidden states within a few per cent."""
+    sequences = [random_ids(length, seed=length) for length in LENGTHS]
+    exact, rounded = (
+        torch.cat(read_all(packed(name, form, dtype), sequences)) for dtype in (torch.float32, torch.int8)
+    )
+    assert (rounded - exact).norm() <= 0.05 * exact.norm()
+    assert not torch.equal(rounded, exact)
+
+
+@settings(deadline=None)
+@given(rows=st.lists(st.lists(st.floats(-1e4, 1e4, width=32), min_size=16, max_size=16), min_size=1, max_size=8))
+def test_rows_are_rounded_to_the_nearest_integer_of_their_own_scale(rows: list[list[float]]) -> None:
+    """Every form rounds a row by its own largest value, and what is rounded is off by half a step at most."""
+    x = torch.tensor(rows)
+    for kernels in FORMS.values():
+        integers, scales = kernels.quantise(x)
+        assert integers.dtype == torch.uint8
+        back = (integers.float() - 128) * scales[:, None]
+        assert torch.all((back - x).abs() <= scales[:, None] * 0.5001)
+        torch.testing.assert_close(scales, x.abs().amax(1) / 127)
 
 
 def test_what_is_no_llama_is_refused() -> None:

@@ -59,7 +59,13 @@ MISTAKES = {
         "X1]",
         "S15]",
         "p.yaml:6:20: categories.hate.hazards[1]: expected one of S1, S2, S3, S4, S5, S6, S7, S8, S9, S10, S11, S12, "
-        "S13, S14, X1, X2, X3, X4, X5, X6, found 'S15'; did you mean S5?",
+        "S13, S14, X1, X2, X3, X4, X5, X6, the name of a category of the model's own, found 'S15'; did you mean S5?",
+    ),
+    "the overall score among hazards": (
+        "X1]",
+        "unsafe]",
+        "p.yaml:6:20: categories.hate.hazards[1]: expected one of S1, S2, S3, S4, S5, S6, S7, S8, S9, S10, S11, S12, "
+        "S13, S14, X1, X2, X3, X4, X5, X6, the name of a category of the model's own, found 'unsafe'",
     ),
     "unknown role": (
         "agent:",

@@ -133,6 +133,14 @@ def test_what_changes_a_verdict_changes_the_revision(tmp_path: Path, piece: str,
     assert load_policy(path).revision != before.revision
 
 
+def test_a_category_of_a_models_own_stands_beside_the_taxonomy(tmp_path: Path) -> None:
+    """It feeds a category of a policy as a hazard does, and is missed where the model was not taught it."""
+    (tmp_path / "own.yaml").write_text(ONE.replace("[S10, X1]", "[competitors, X1, S10]"))
+    policy = load_policy(tmp_path / "own.yaml")
+    assert policy.categories[0].hazards == ("S10", "X1", "competitors")
+    assert unknown_hazards(policy, ("S10", "X1")) == ("competitors",)
+
+
 def test_hazards_that_a_model_does_not_score_are_found(directory: Path) -> None:
     """A policy that asks for more than a model scores is known before the first request."""
     policy = load_policy(directory / "kids.yaml")

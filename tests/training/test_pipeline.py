@@ -13,6 +13,8 @@ from guard.training.data import load_examples, read_recipe
 from guard.training.evaluate import HEADS
 from guard.training.finetune import Progress
 from guard.training.pipeline import release, score, train
+from guard.training.quantise import acceptable
+from guard.types import Role
 from tests.training.tiny import RECIPE, colours, write_base, write_rows
 
 
@@ -51,13 +53,17 @@ def test_training_learns_and_is_released(here: Path) -> None:
     evaluation = release(here / "recipe.yaml", here / "data", here / "trained", here / "released", name="tiny")
     checkpoint = read_checkpoint(here / "released")
     assert checkpoint.name == "tiny"
-    assert checkpoint.calibration.keys() == set(HEADS)
+    assert {role: fits.keys() for role, fits in checkpoint.calibration.items()} == {
+        role: set(HEADS) for role in (Role.USER, Role.AGENT)
+    }
     assert evaluation["held_out"]["unsafe"]["auroc"] > 0.95
-    assert evaluation["int8"]["unsafe_max_difference"] < 0.2
+    assert evaluation["int8"]["weights"]["unsafe_max_difference"] < 0.2
+    assert checkpoint.int8 == acceptable(evaluation["int8"]["products"])
     assert evaluation == json.loads((here / "released/evaluation.json").read_text())
+    assert evaluation["thresholds"] == json.loads((here / "released/thresholds.json").read_text())
 
     held_out = load_examples(read_recipe(here / "recipe.yaml"), here / "data", "validation")
-    scores = score(here / "released", held_out)
+    scores = score(here / "released", held_out, "float32")
     unsafe = [example.unsafe for example in held_out]
     assert scores.shape == (len(held_out), len(HEADS))
     assert scores[unsafe, 0].min() > scores[[not u for u in unsafe], 0].mean()

@@ -88,54 +88,105 @@ inline void product(const float* a, int lda, const float* b, int ldb, float* c, 
   }
 }
 
-template <typename T>
-void add_rms_norm(float* x, const T* delta, const float* weight, T* out, int64_t rows, int64_t cols, float eps) {
-#pragma omp parallel for schedule(static)
-  for (int64_t i = 0; i < rows; ++i) {
-    float* row = x + i * cols;
-    if (delta) {
-      const T* add = delta + i * cols;
-      for (int64_t j = 0; j < cols; ++j) row[j] += load(add[j]);
-    }
-    float squares = 0;
-#pragma omp simd reduction(+ : squares)
-    for (int64_t j = 0; j < cols; ++j) squares += row[j] * row[j];
-    const float scale = 1.0f / std::sqrt(squares / cols + eps);
-    for (int64_t j = 0; j < cols; ++j) store(out + i * cols + j, row[j] * scale * weight[j]);
-  }
-}
-
-template <typename T>
-void silu_mul(const T* gate_up, T* out, int64_t rows, int64_t cols) {
-#pragma omp parallel for schedule(static)
-  for (int64_t i = 0; i < rows; ++i) {
-    const T *gate = gate_up + i * 2 * cols, *up = gate + cols;
+// A row as integers of 1..255 that stand for -127..127, which is what VNNI multiplies with int8 weights; returns what
+// -127..127 are to be multiplied by. A row of zeros stays one.
+inline float quantise(const float* row, uint8_t* out, int64_t cols) {
+  float largest = 0;
+#pragma omp simd reduction(max : largest)
+  for (int64_t j = 0; j < cols; ++j) largest = std::max(largest, std::fabs(row[j]));
+  const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
 #pragma omp simd
-    for (int64_t j = 0; j < cols; ++j) {
-      const float g = load(gate[j]);
-      const float e = exp_nonpositive(g < 0 ? g : -g);  // sigmoid(g) = 1 / (1 + e) or e / (1 + e): never overflows
-      store(out + i * cols + j, (g < 0 ? g * e : g) / (1 + e) * load(up[j]));
+  for (int64_t j = 0; j < cols; ++j) out[j] = static_cast<uint8_t>(static_cast<int32_t>(std::nearbyint(row[j] * inverse)) + 128);
+  return largest / 127.0f;
+}
+
+void quantise_rows(const float* x, uint8_t* out, float* scales, int64_t rows, int64_t cols) {
+#pragma omp parallel for schedule(static)
+  for (int64_t i = 0; i < rows; ++i) scales[i] = quantise(x + i * cols, out + i * cols, cols);
+}
+
+// Where a kernel puts a row of results that it has computed in float32.
+template <typename T>
+struct Floats {
+  T* out;
+  void put(int64_t i, const float* row, int64_t cols) const {
+    for (int64_t j = 0; j < cols; ++j) store(out + i * cols + j, row[j]);
+  }
+};
+struct Integers {
+  uint8_t* out;
+  float* scales;
+  void put(int64_t i, const float* row, int64_t cols) const { scales[i] = quantise(row, out + i * cols, cols); }
+};
+
+// Row i of `delta` counts delta_scales[i] times, where there are scales.
+template <typename T, typename Out>
+void add_rms_norm(float* x, const T* delta, const float* delta_scales, const float* weight, Out out, int64_t rows,
+                  int64_t cols, float eps) {
+#pragma omp parallel
+  {
+    std::vector<float> normed(cols);
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < rows; ++i) {
+      float* row = x + i * cols;
+      if (delta) {
+        const T* add = delta + i * cols;
+        const float scale = delta_scales ? delta_scales[i] : 1.0f;
+        for (int64_t j = 0; j < cols; ++j) row[j] += load(add[j]) * scale;
+      }
+      float squares = 0;
+#pragma omp simd reduction(+ : squares)
+      for (int64_t j = 0; j < cols; ++j) squares += row[j] * row[j];
+      const float scale = 1.0f / std::sqrt(squares / cols + eps);
+      for (int64_t j = 0; j < cols; ++j) normed[j] = row[j] * scale * weight[j];
+      out.put(i, normed.data(), cols);
     }
   }
 }
 
-// Rotates the first `heads` heads of each row; cos and sin are [positions, dim / 2].
+template <typename T, typename Out>
+void silu_mul(const T* gate_up, const float* scales, Out out, int64_t rows, int64_t cols) {
+#pragma omp parallel
+  {
+    std::vector<float> gated(cols);
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < rows; ++i) {
+      const T *gate = gate_up + i * 2 * cols, *up = gate + cols;
+      const float scale = scales ? scales[i] : 1.0f;
+      float* row = gated.data();
+#pragma omp simd
+      for (int64_t j = 0; j < cols; ++j) {
+        const float g = load(gate[j]) * scale;
+        const float e = exp_nonpositive(g < 0 ? g : -g);  // sigmoid(g) = 1 / (1 + e) or e / (1 + e): never overflows
+        row[j] = (g < 0 ? g * e : g) / (1 + e) * (load(up[j]) * scale);
+      }
+      out.put(i, row, cols);
+    }
+  }
+}
+
+// Multiplies rows by their scales, if there are any, and rotates the first `heads` heads of each; cos and sin are
+// [positions, dim / 2].
 template <typename T>
-void rope(T* qkv, const int32_t* positions, const float* cos, const float* sin, int64_t rows, int64_t stride,
-          int64_t heads, int64_t dim) {
+void rope(T* qkv, const float* scales, const int32_t* positions, const float* cos, const float* sin, int64_t rows,
+          int64_t stride, int64_t heads, int64_t dim) {
   const int64_t half = dim / 2;
 #pragma omp parallel for schedule(static)
   for (int64_t i = 0; i < rows; ++i) {
+    T* row = qkv + i * stride;
     const float *c = cos + positions[i] * half, *s = sin + positions[i] * half;
+    const float scale = scales ? scales[i] : 1.0f;
     for (int64_t h = 0; h < heads; ++h) {
-      T *low = qkv + i * stride + h * dim, *high = low + half;
+      T *low = row + h * dim, *high = low + half;
 #pragma omp simd
       for (int64_t j = 0; j < half; ++j) {
-        const float a = load(low[j]), b = load(high[j]);
+        const float a = load(low[j]) * scale, b = load(high[j]) * scale;
         store(low + j, a * c[j] - b * s[j]);
         store(high + j, b * c[j] + a * s[j]);
       }
     }
+    if (scales)
+      for (int64_t j = heads * dim; j < stride; ++j) store(row + j, load(row[j]) * scale);
   }
 }
 
@@ -242,14 +293,14 @@ void attention(const T* qkv, const int32_t* bounds, int64_t sequences, T* out, i
 #define EXPORT(T, SUFFIX)                                                                                             \
   void guard_add_rms_norm_##SUFFIX(float* x, const T* delta, const float* weight, T* out, int64_t rows, int64_t cols, \
                                    float eps) {                                                                       \
-    add_rms_norm(x, delta, weight, out, rows, cols, eps);                                                             \
+    add_rms_norm(x, delta, nullptr, weight, Floats<T>{out}, rows, cols, eps);                                         \
   }                                                                                                                   \
   void guard_silu_mul_##SUFFIX(const T* gate_up, T* out, int64_t rows, int64_t cols) {                                \
-    silu_mul(gate_up, out, rows, cols);                                                                               \
+    silu_mul(gate_up, nullptr, Floats<T>{out}, rows, cols);                                                           \
   }                                                                                                                   \
   void guard_rope_##SUFFIX(T* qkv, const int32_t* positions, const float* cos, const float* sin, int64_t rows,        \
                            int64_t stride, int64_t heads, int64_t dim) {                                              \
-    rope(qkv, positions, cos, sin, rows, stride, heads, dim);                                                         \
+    rope(qkv, nullptr, positions, cos, sin, rows, stride, heads, dim);                                                \
   }                                                                                                                   \
   void guard_attention_##SUFFIX(const T* qkv, const int32_t* bounds, int64_t sequences, T* out, int64_t heads,        \
                                 int64_t kv_heads, int64_t dim) {                                                      \
@@ -259,4 +310,21 @@ void attention(const T* qkv, const int32_t* bounds, int64_t sequences, T* out, i
 extern "C" {
 EXPORT(float, f32)
 EXPORT(bf16, bf16)
+
+// Between products of integers: rows come as float32 with a scale for each, and go as integers with one.
+void guard_add_rms_norm_i8(float* x, const float* delta, const float* delta_scales, const float* weight, uint8_t* out,
+                           float* scales, int64_t rows, int64_t cols, float eps) {
+  add_rms_norm(x, delta, delta_scales, weight, Integers{out, scales}, rows, cols, eps);
+}
+void guard_silu_mul_i8(const float* gate_up, const float* gate_up_scales, uint8_t* out, float* scales, int64_t rows,
+                       int64_t cols) {
+  silu_mul(gate_up, gate_up_scales, Integers{out, scales}, rows, cols);
+}
+void guard_rope_i8(float* qkv, const float* scales, const int32_t* positions, const float* cos, const float* sin,
+                   int64_t rows, int64_t stride, int64_t heads, int64_t dim) {
+  rope(qkv, scales, positions, cos, sin, rows, stride, heads, dim);
+}
+void guard_quantise_i8(const float* x, uint8_t* out, float* scales, int64_t rows, int64_t cols) {
+  quantise_rows(x, out, scales, rows, cols);
+}
 }

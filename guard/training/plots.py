@@ -1,0 +1,54 @@
+"""The curves of an evaluation as small PNG files; the same curves give the same bytes."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+_COLOURS = ("tab:blue", "tab:orange")
+
+
+def draw(curves: Mapping[str, Mapping[str, Any]], directory: Path) -> list[str]:
+    """Plots the `curves` of guard.training.evaluate, of one model or of two, by name; returns the files' names."""
+    plots = {"precision-recall": _precision_recall, "reliability": _reliability, "scores": _scores}
+    for name, plot in plots.items():
+        figure = Figure(figsize=(4.8, 3.6), layout="constrained")
+        axes = figure.add_subplot(xlim=(0, 1))
+        for (model, own), colour in zip(curves.items(), _COLOURS, strict=False):
+            plot(axes, model, own, colour)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize="small")
+        axes.grid(alpha=0.3)
+        figure.savefig(directory / f"{name}.png", dpi=100, metadata={"Software": None})
+    return [f"{name}.png" for name in plots]
+
+
+def _precision_recall(axes: Axes, model: str, curves: Mapping[str, Any], colour: str) -> None:
+    axes.set(xlabel="recall", ylabel="precision", ylim=(0, 1.02))
+    if "precision_recall" in curves:
+        axes.plot(
+            curves["precision_recall"]["recall"], curves["precision_recall"]["precision"], color=colour, label=model
+        )
+
+
+def _reliability(axes: Axes, model: str, curves: Mapping[str, Any], colour: str) -> None:
+    """Above the diagonal scores are too low, below it too high."""
+    bins = curves["reliability"]
+    score, unsafe = (np.array([found[key] for found in bins]) for key in ("score", "unsafe"))
+    interval = np.array([found["interval"] for found in bins]).T  # [low and high, bins]
+    axes.set(xlabel="score", ylabel="share that is unsafe, 95 % interval", ylim=(0, 1))
+    axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle="dotted")
+    axes.errorbar(score, unsafe, abs(interval - unsafe), color=colour, label=model, marker="o", markersize=4, capsize=2)
+
+
+def _scores(axes: Axes, model: str, curves: Mapping[str, Any], colour: str) -> None:
+    axes.set(xlabel="score", ylabel="share of the rows of a label")
+    for label, style in (("safe", "dashed"), ("unsafe", "solid")):
+        counts = np.array(curves["scores"][label])
+        shares = counts / max(1, counts.sum())
+        axes.stairs(
+            shares, np.linspace(0, 1, len(counts) + 1), color=colour, linestyle=style, label=f"{model}, {label}"
+        )

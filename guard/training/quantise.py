@@ -1,0 +1,109 @@
+"""Makes a model fit for products of int8: evens out channels between activations and weights, and measures the rest."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from sklearn.metrics import average_precision_score
+from torch import Tensor, nn
+
+from guard.training.data import Example
+from guard.training.evaluate import Floats, labels
+from guard.training.finetune import Batch, TurnModel
+
+_LEAST = 1e-5
+_MOST_AUPRC_LOST = 0.003
+_MOST_VERDICTS_CHANGED = 0.01
+
+
+def smoothed(model: TurnModel, batches: Iterable[Batch], strength: float) -> dict[str, Tensor]:
+    """The model's tensors, such that it computes the same, but with channels of activations that differ less in size.
+
+    A row of activations is rounded to int8 by one scale, which its largest channel decides. So what is large among the
+    channels on `batches` is divided, and the columns of the weights that meet it are multiplied, by
+    max|activation|^strength / max|weight|^(1 - strength). The divisor goes into the norm, or the rows of the matrix,
+    that the channels come from. Source: SmoothQuant (Xiao et al. 2023), here with values and the gated product, too.
+    """
+    largest = _largest_inputs(model, batches)
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    config = model.model.config
+    kv_heads = config.num_key_value_heads or config.num_attention_heads
+    dim = config.hidden_size // config.num_attention_heads
+    for layer in range(config.num_hidden_layers):
+        block = f"model.layers.{layer}"
+
+        def matrices(*names: str, block: str = block) -> list[Tensor]:
+            return [tensors[f"{block}.{name}_proj.weight"] for name in names]
+
+        def divisor(name: str, weights: list[Tensor], block: str = block) -> Tensor:
+            columns = torch.stack([weight.abs().amax(0) for weight in weights]).amax(0).clamp_min(_LEAST)
+            inputs = largest[f"{block}.{name}_proj"].clamp_min(_LEAST)
+            return inputs**strength / columns ** (1 - strength)
+
+        for norm, names in (
+            ("input_layernorm", ("self_attn.q", "self_attn.k", "self_attn.v")),
+            ("post_attention_layernorm", ("mlp.gate", "mlp.up")),
+        ):
+            share = divisor(names[0], matrices(*names))
+            tensors[f"{block}.{norm}.weight"] /= share
+            for weight in matrices(*names):
+                weight *= share
+        down, up, out, value = matrices("mlp.down", "mlp.up", "self_attn.o", "self_attn.v")
+        share = divisor("mlp.down", [down])
+        up /= share[:, None]
+        down *= share
+        # The query heads of a group read the same values.
+        share = divisor("self_attn.o", [out]).view(kv_heads, -1, dim).amax(1, keepdim=True)
+        value /= share.flatten()[:, None]
+        out *= share.expand(-1, config.num_attention_heads // kv_heads, -1).flatten()
+    return tensors
+
+
+def _largest_inputs(model: TurnModel, batches: Iterable[Batch]) -> dict[str, Tensor]:
+    """The largest absolute value of each input channel of each linear layer, padding apart."""
+    largest: dict[str, Tensor] = defaultdict(lambda: torch.tensor(0.0))
+    real = torch.tensor([])
+
+    def note(name: str) -> Any:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            largest[name] = torch.maximum(largest[name], inputs[0][real].float().abs().amax(0))
+
+        return hook
+
+    hooks = [
+        module.register_forward_pre_hook(note(name.removeprefix("_orig_mod.")))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name != "score"
+    ]
+    try:
+        with torch.inference_mode():
+            for batch in batches:
+                real = batch.sequence > 0
+                model(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return largest
+
+
+def agreement(reference: Floats, scores: Floats, examples: Sequence[Example]) -> dict[str, float]:
+    """How probabilities [rows, heads] of a rounded model compare with those of the model as it was trained.
+
+    A verdict is `unsafe` at 0.5; `auprc_lost` is that of `unsafe`.
+    """
+    unsafe = labels(examples)[0][:, 0]
+    before, after = (float(average_precision_score(unsafe, found[:, 0])) for found in (reference, scores))
+    return {
+        "rows": len(examples),
+        "auprc_lost": round(before - after, 4),
+        "verdicts_changed": round(float(((reference[:, 0] >= 0.5) != (scores[:, 0] >= 0.5)).mean()), 4),
+        "unsafe_mean_difference": round(float(abs(reference[:, 0] - scores[:, 0]).mean()), 4),
+        "unsafe_max_difference": round(float(abs(reference[:, 0] - scores[:, 0]).max()), 4),
+        "hazards_max_difference": round(float(abs(reference[:, 1:] - scores[:, 1:]).max()), 4),
+    }
+
+
+def acceptable(found: dict[str, float]) -> bool:
+    """Whether a model that agrees so may stand in for the one that was trained."""
+    return found["auprc_lost"] <= _MOST_AUPRC_LOST and found["verdicts_changed"] <= _MOST_VERDICTS_CHANGED

@@ -1,0 +1,61 @@
+"""`guard calibrate` and `guard quantize`, of a model of random weights."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from guard.model.checkpoint import read_checkpoint
+from guard.training.formats import read_examples
+from guard.training.pipeline import score
+from guard.types import Role
+from tests.cli.command import guard
+from tests.training.tiny import colours
+from tests.training.untrained import write_model
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in colours(200)))
+    return path
+
+
+async def test_calibration_is_fitted_to_ones_own_rows(tmp_path: Path, rows: Path) -> None:
+    """The new model's mean score is the share of unsafe rows; its weights are those it had."""
+    model = write_model(tmp_path / "model")
+    result = await guard("calibrate", rows, "--model", model, "--out", tmp_path / "new", OMP_NUM_THREADS="1")
+    assert (result.code, result.err) == (0, "")
+    before, after = read_checkpoint(model), read_checkpoint(tmp_path / "new")
+    assert before.calibration[Role.USER] != after.calibration[Role.USER]
+    assert (model / "model-00001-of-00001.safetensors").read_bytes() == (
+        tmp_path / "new/model-00001-of-00001.safetensors"
+    ).read_bytes()
+    examples = read_examples(rows)
+    scores = score(tmp_path / "new", examples)[:, 0]
+    assert abs(scores.mean() - 0.5) < 0.02
+    assert json.loads(result.out)["rows"] == 200
+    points = json.loads((tmp_path / "new/thresholds.json").read_text())["user"]["unsafe"]["points"]
+    assert all(point["fpr"] <= point["max_fpr"] for point in points)
+
+
+async def test_int8_is_allowed_where_it_agrees(tmp_path: Path, rows: Path) -> None:
+    """Quantising says how far int8 moves scores, and the model directory says whether it may be chosen."""
+    model = write_model(tmp_path / "model")
+    result = await guard("quantize", rows, "--model", model, "--out", tmp_path / "new", OMP_NUM_THREADS="1")
+    assert (result.code, result.err) == (0, "")
+    products = json.loads(result.out)["products"]
+    assert products["rows"] == 200
+    assert 0 < products["unsafe_max_difference"] < 0.2
+    good = products["verdicts_changed"] <= 0.01 and products["auprc_lost"] <= 0.003
+    assert read_checkpoint(tmp_path / "new").int8 is good
+
+
+@pytest.mark.parametrize("command", ["calibrate", "quantize"])
+async def test_a_model_is_not_written_over(tmp_path: Path, rows: Path, command: str) -> None:
+    """The directory to start from is refused as the one to write."""
+    model = write_model(tmp_path / "model")
+    before = (model / "guard.json").read_bytes()
+    result = await guard(command, rows, "--model", model, "--out", model)
+    assert (result.code, result.err) == (2, f"error: {model}: is the model to start from\n")
+    assert (model / "guard.json").read_bytes() == before

@@ -1,0 +1,53 @@
+import random
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from guard.training.augment import DISGUISES, Augmenter
+from guard.training.data import Example
+from guard.types import Conversation, Role, Turn
+
+_TEXT = "Where can I buy fresh bread early in the morning, before the market opens?"
+
+
+def example(text: str = _TEXT, role: Role = Role.USER, *, unsafe: bool = False) -> Example:
+    turns = (Turn(Role.USER, "Earlier turn"), Turn(role, text))
+    hazards = frozenset({"S1"}) if unsafe else frozenset[str]()
+    return Example("1", "colours", "en", Conversation(turns, 1), unsafe, hazards)
+
+
+@given(seed=st.integers(), unsafe=st.booleans(), role=st.sampled_from([Role.USER, Role.AGENT]), text=st.text())
+def test_labels_and_earlier_turns_stay(seed: int, unsafe: bool, role: Role, text: str) -> None:
+    """Whatever is done to a judged turn, its label, its role and the turns before it stay; no hazard is lost."""
+    before = example(text, role, unsafe=unsafe)
+    after = Augmenter([example()])(before, random.Random(seed))
+    assert (after.unsafe, after.role) == (before.unsafe, before.role)
+    assert after.conversation.turns[:-1] == before.conversation.turns[:-1]
+    assert after.hazards is not None
+    assert before.hazards is not None
+    assert after.hazards - before.hazards <= ({"X3"} if unsafe else frozenset())
+    assert before.hazards <= after.hazards
+    assert replace(after, conversation=before.conversation, hazards=before.hazards) == before
+
+
+@pytest.mark.parametrize("name", DISGUISES)
+def test_each_disguise_changes_a_text_the_same_way_again(name: str) -> None:
+    """Every disguise changes an ordinary sentence, and a seed decides how."""
+    first, again = (DISGUISES[name](_TEXT, random.Random(5)) for _ in range(2))
+    assert first == again != _TEXT
+
+
+def test_an_unsafe_reply_is_cut_late() -> None:
+    """Of a reply that is cut short a beginning is left; of an unsafe one most of it."""
+    words = [f"w{n}" for n in range(100)]
+    text = " ".join(words)
+    augment = Augmenter([])
+    for unsafe, least in ((False, 15), (True, 70)):
+        seen = set()
+        for seed in range(400):
+            found = augment(example(text, Role.AGENT, unsafe=unsafe), random.Random(seed)).conversation.turns[-1].text
+            if found != text and text.startswith(found):
+                seen.add(len(found.split()))
+        assert least <= min(seen) < max(seen) < 100

@@ -1,0 +1,71 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from guard.model.chat import ChatTokenizer
+from guard.training.data import Example
+from guard.training.evaluate import HEADS
+from guard.training.finetune import TurnModel, batches
+from guard.training.quantise import acceptable, agreement, smoothed
+from guard.types import Conversation, Role, Turn
+from tests.training.tiny import write_base
+
+
+def rows(count: int) -> list[Example]:
+    conversations = [Conversation((Turn(Role.USER, f"row {n}"),), 0) for n in range(count)]
+    return [Example(str(n), "s", "en", talk, n % 2 == 1, frozenset()) for n, talk in enumerate(conversations)]
+
+
+def test_smoothing_evens_out_channels_and_changes_no_logit(tmp_path: Path) -> None:
+    """A channel that is a hundred times the others stands out less, by about its root; what is computed stays."""
+    torch.manual_seed(2)
+    model = TurnModel(LlamaConfig.from_pretrained(write_base(tmp_path)))
+    torch.nn.init.normal_(model.score.weight)
+    with torch.no_grad():  # outliers before each kind of product
+        for name, weight in model.named_parameters():
+            if "layernorm" in name:
+                weight[3] = 100
+            elif "up_proj" in name or "v_proj" in name:
+                weight[7] *= 100
+    model.eval()
+    plan = batches(rows(20), ChatTokenizer(tmp_path / "tokenizer.json", 64), [64], 256)
+    even = TurnModel(model.model.config)
+    even.load_state_dict(smoothed(model, plan, 0.5))
+    even.eval()
+    with torch.inference_mode():
+        for batch in plan:
+            torch.testing.assert_close(even(batch), model(batch), rtol=1e-3, atol=1e-3)
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        weights = even.get_parameter(f"model.layers.0.{name}.weight").detach().abs()
+        assert weights.max() < 30 * weights.median()
+
+
+@pytest.mark.parametrize(("moved", "allowed"), [(0, True), (2, True), (3, False)])
+def test_a_rounded_model_may_change_one_verdict_of_a_hundred(moved: int, allowed: bool) -> None:
+    """The gate counts verdicts that change; the rest of the score may move."""
+    examples = rows(200)
+    before = np.full((200, len(HEADS)), 0.1)
+    before[1::2, 0] = 0.9
+    after = before.copy()
+    after[:, 1:] += 0.05
+    after[1 : 2 * moved : 2, 0] = 0.4
+    found = agreement(before, after, examples)
+    assert found["verdicts_changed"] == moved / 200
+    assert found["hazards_max_difference"] == 0.05
+    assert acceptable(found) is allowed
+
+
+def test_a_rounded_model_may_not_rank_much_worse() -> None:
+    """The gate sees harm that moves below harmless rows on the same side of the threshold."""
+    examples = rows(200)
+    before = np.full((200, len(HEADS)), 0.1)
+    before[1::2, 0] = 0.3
+    after = before.copy()
+    after[1:40:2, 0] = 0.05
+    found = agreement(before, after, examples)
+    assert found["verdicts_changed"] == 0
+    assert found["auprc_lost"] > 0.003
+    assert not acceptable(found)
