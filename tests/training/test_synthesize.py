@@ -213,7 +213,7 @@ def test_a_wrong_category_is_told_by_file_line_and_key(tmp_path: Path, text: str
         ('- "one"\n* two', ["one", "two"]),
         ("These are two:\none\n'two',", ["one", "two"]),
         ("[one] is no JSON\ntwo", ["[one] is no JSON", "two"]),
-        ('[\n  "one"\n  "two",\n]', ["one", "two"]),
+        ("[\n  'one',\n  'two'\n]", ["one", "two"]),
         ("<think>not yet done", []),
         ('["", 1, null]', []),
     ],
