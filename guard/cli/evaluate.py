@@ -1,14 +1,14 @@
 """`guard evaluate`: what a model is worth on labelled rows, alone or beside another."""
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from guard.cli import options
+from guard.cli.progress import progress
 from guard.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def evaluate(
 
     def scores(directory: Path | None) -> tuple[dict[str, str], measure.Floats]:
         settings = Settings.load({"model": directory}, os.environ, config)
-        with _progress(len(examples)) as scored:
+        with progress("scoring", len(examples)) as scored:
             info, found = served.served(settings, examples, scored)
         return {
             "name": info.revision.name,
@@ -83,20 +83,6 @@ def _make(directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"{directory}: {error.strerror}") from error
-
-
-@contextmanager
-def _progress(rows: int) -> Iterator[Callable[[], None]]:
-    """A bar on stderr, where that is a terminal; what it gives is called for each row."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(
-        console=console, redirect_stdout=False, redirect_stderr=False, disable=not console.is_terminal
-    ) as bar:
-        task = bar.add_task("scoring", total=rows)
-        yield lambda: bar.advance(task)
 
 
 def _show(description: str, tables: "Iterator[tuple[str, Table]]") -> None:

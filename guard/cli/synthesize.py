@@ -2,7 +2,7 @@
 
 import asyncio
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TextIO
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 import typer
 
 from guard.cli import options
+from guard.cli.progress import progress
 from guard.errors import ConfigError, Unanswered
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def synthesize(
     wanted = synthesis.read_category(category)
     writer = synthesis.Backend(backend, model, os.environ.get("OPENAI_API_KEY"))
     records: list[Record] = []
-    with _new(out) as file, _progress(count) as advance:
+    with _new(out) as file, progress("gathering", count) as advance:
 
         def keep(record: "Record") -> None:
             records.append(record)
@@ -84,17 +85,3 @@ def _new(path: Path) -> Iterator[TextIO]:
         raise ConfigError(f"{path}: {error.strerror}") from error
     with file:
         yield file
-
-
-@contextmanager
-def _progress(texts: int) -> Iterator[Callable[[], None]]:
-    """A bar on stderr, where that is a terminal; what it gives is called for each text."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(
-        console=console, redirect_stdout=False, redirect_stderr=False, disable=not console.is_terminal
-    ) as bar:
-        task = bar.add_task("gathering", total=texts)
-        yield lambda: bar.advance(task)
