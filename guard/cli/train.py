@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from guard.training.finetune import Progress
 
 _RECIPE = Path(__file__).parent.parent / "model" / "default" / "recipe.yaml"
+_BENCHMARK_ROWS = 300  # of each file
 
 
 def train(
@@ -27,6 +28,9 @@ def train(
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of training; by default the recipe's.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="What to train on, and how; by default as shipped.")] = None,
+    benchmarks: Annotated[
+        Path | None, typer.Option(help="Directory of labelled rows that only measure the model.", show_default=False)
+    ] = None,
     compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Needs a C++ compiler.")] = True,
     head_only: Annotated[bool, typer.Option("--head-only", help="Only add a category of your own to a model.")] = False,
     origin: Annotated[
@@ -43,13 +47,15 @@ def train(
     some 200 rows as `guard evaluate` takes them: label 1 says that the last turn is of the category, 0 that it is not.
     The model's other scores stay as they are.
     """
-    whole = {"--base": base, "--work": work, "--steps": steps, "--recipe": recipe, "--no-compile": not compiled or None}
+    whole = {"--base": base, "--work": work, "--steps": steps, "--recipe": recipe, "--benchmarks": benchmarks}
+    whole |= {"--no-compile": not compiled or None}
     added = {"--from": origin, "--category": category}
     if strange := [option for option, value in (whole if head_only else added).items() if value is not None]:
         raise ConfigError(f"{', '.join(strange)}: not {'with' if head_only else 'without'} --head-only")
     try:
         from guard.settings import Settings
         from guard.training import formats, head, pipeline
+        from guard.training.data import load_benchmarks
     except ModuleNotFoundError as error:
         missing = f"{error.name} is not installed"
         raise ConfigError(f"training needs the extra, pip install 'guard-moderation[train]': {missing}") from None
@@ -58,8 +64,10 @@ def train(
         found = head.add_category(model, formats.read_examples(data), category, out, name)
     elif base is not None and work is not None:
         recipe = recipe or _RECIPE
+        unseen = load_benchmarks(benchmarks, _BENCHMARK_ROWS) if benchmarks else {}
         pipeline.train(recipe, data, base, work, steps=steps, compiled=compiled, report=_report)
-        found = pipeline.release(recipe, data, work, out, name=name or "guard")["held_out"]["unsafe"]
+        released = pipeline.release(recipe, data, work, out, name=name or "guard", benchmarks=unseen)
+        found = released["held_out"]["unsafe"]
     else:
         raise ConfigError("needs --base and --work, or --head-only with --from and --category")
     typer.echo(json.dumps(found))

@@ -34,11 +34,12 @@ def write_card(directory: Path, data: Path = _DATA) -> None:
     held_out = evaluation["held_out"]
     plots = draw({"held out": held_out["curves"]}, directory)
     digest = sha256((directory / "recipe.yaml").read_bytes()).hexdigest()
+    scores = ", ".join(f"{code} {HAZARDS[code]}" if code in HAZARDS else code for code in checkpoint.hazards)
     facts = {
         "revision": f"`{checkpoint.revision}`",
         "recipe": f"[`recipe.yaml`](recipe.yaml), SHA-256 `{digest}`",
         "longest input": f"{checkpoint.max_tokens:,} tokens",
-        "scores": f"`unsafe`, and {', '.join(f'{code} {HAZARDS[code]}' for code in checkpoint.hazards)}",
+        "scores": f"`unsafe`, and {scores}",
     }
     parts = [
         f"# {checkpoint.name}",

@@ -499,7 +499,7 @@ class Scores(_message.Message):
     """Calibrated probability that the turn is unsafe in any way, 0 to 1."""
     @_builtins.property
     def hazards(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """Hazard code (S1 to S14, X1 to X6) to calibrated probability, 0 to 1."""
+        """Hazard code (S1 to S14, X1 to X6, or a category of the model's own) to calibrated probability, 0 to 1."""
 
     def __init__(
         self,
