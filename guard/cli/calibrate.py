@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from guard.cli import options
 from guard.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -37,11 +38,8 @@ def quantize(data: Data, out: Out, model: Model = None) -> None:
 def _prepare(data: list[Path], model: Path | None, out: Path) -> "tuple[Any, Path, list[Example]]":
     from guard.settings import Settings
 
-    try:
+    with options.extra("calibrating or quantising"):
         from guard.training import formats, pipeline
-    except ModuleNotFoundError as error:
-        missing = f"{error.name} is not installed"
-        raise ConfigError(f"this needs the extra, pip install 'guard-moderation[train]': {missing}") from None
     source = model or Settings().model
     if out.resolve() == source.resolve():
         raise ConfigError(f"{out}: is the model to start from")

@@ -34,12 +34,9 @@ def evaluate(
     """
     from guard.settings import Settings
 
-    try:
+    with options.extra("evaluating"):
         from guard.training import evaluate as measure
         from guard.training import formats, report, served
-    except ModuleNotFoundError as error:
-        missing = f"{error.name} is not installed"
-        raise ConfigError(f"evaluating needs the extra, pip install 'guard-moderation[train]': {missing}") from None
 
     def scores(directory: Path | None) -> tuple[dict[str, str], measure.Floats]:
         settings = Settings.load({"model": directory}, os.environ, config)

@@ -1,9 +1,13 @@
 """Options that several commands share."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+
+from guard.errors import ConfigError
 
 Text = Annotated[
     str | None,
@@ -18,3 +22,13 @@ Config = Annotated[
     Path | None,
     typer.Option(help="A TOML file of settings; GUARD_* variables and flags stand above it.", show_default=False),
 ]
+
+
+@contextmanager
+def extra(doing: str) -> Iterator[None]:
+    """Around imports of what comes with the extra `train`; ConfigError says which package is missing for `doing`."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        missing = f"{error.name} is not installed"
+        raise ConfigError(f"{doing} needs the extra, pip install 'guard-moderation[train]': {missing}") from None

@@ -41,12 +41,9 @@ def synthesize(
     """
     from guard.settings import Settings
 
-    try:
+    with options.extra("synthesising"):
         from guard.training import synthesize as synthesis
         from guard.training.served import served
-    except ModuleNotFoundError as error:
-        missing = f"{error.name} is not installed"
-        raise ConfigError(f"synthesising needs the extra, pip install 'guard-moderation[train]': {missing}") from None
 
     settings = Settings.load({}, os.environ, config)
     wanted = synthesis.read_category(category)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from guard.cli import options
 from guard.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -52,13 +53,10 @@ def train(
     added = {"--from": origin, "--category": category}
     if strange := [option for option, value in (whole if head_only else added).items() if value is not None]:
         raise ConfigError(f"{', '.join(strange)}: not {'with' if head_only else 'without'} --head-only")
-    try:
+    with options.extra("training"):
         from guard.settings import Settings
         from guard.training import formats, head, pipeline
         from guard.training.data import load_benchmarks
-    except ModuleNotFoundError as error:
-        missing = f"{error.name} is not installed"
-        raise ConfigError(f"training needs the extra, pip install 'guard-moderation[train]': {missing}") from None
     if origin is not None and category is not None:
         model = Settings().model if origin == "default" else Path(origin)
         found = head.add_category(model, formats.read_examples(data), category, out, name)

@@ -169,7 +169,8 @@ def quantise(model: Path, examples: Sequence[Example], out: Path) -> dict[str, A
     reference = probabilities(predict(source, examples, tokenizer), checkpoint.calibration, examples)
     sample = examples[:: max(1, len(examples) // _SMOOTHING_ROWS)]
     whole = load_tensors(model, torch.float32)  # with outputs beyond the taxonomy
-    even = smoothed(source, batches(sample, tokenizer, [MAX_TOKENS], MAX_TOKENS), _SMOOTHING)
+    longest = checkpoint.max_tokens
+    even = smoothed(source, batches(sample, tokenizer, [longest], longest), _SMOOTHING)
     save_checkpoint(
         out,
         tensors=even | {name: whole[name] for name in ("score.weight", "score.bias")},
