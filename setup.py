@@ -15,6 +15,12 @@ FLAGS = [
     "-fno-trapping-math",
 ]
 
+LEVELS = {
+    "v3": ["-march=x86-64-v3"],
+    "v4": ["-march=x86-64-v4"],
+    "v4_amx": ["-march=x86-64-v4", "-mamx-tile", "-mamx-bf16", "-mavx512bf16"],
+}
+
 setup(
     packages=[*find_packages(include=["guard", "guard.*"]), "guard.policies"],
     package_dir={"guard.policies": "policies"},
@@ -22,11 +28,11 @@ setup(
         Extension(
             f"guard.model._native_{level}",
             sources=["guard/model/native/kernels.cpp"],
-            extra_compile_args=[*FLAGS, f"-march=x86-64-{level}", "-mprefer-vector-width=512"],
+            extra_compile_args=[*FLAGS, *flags, "-mprefer-vector-width=512"],
             extra_link_args=["-fopenmp"],
             language="c++",
             optional=True,  # without a compiler, and on other processors, the engine computes with torch
         )
-        for level in ("v3", "v4")
+        for level, flags in LEVELS.items()
     ],
 )

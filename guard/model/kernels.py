@@ -19,7 +19,7 @@ class Scaled(NamedTuple):
     scales: Tensor
 
 
-# Between layers of floating point a tensor; between products of integers, uint8 that goes into one, float32 out of it.
+# Between layers of floating point a tensor; between products of integers, uint8 that goes into one, floats out of it.
 Rows = Tensor | Scaled
 
 Linear = Callable[[Rows], Rows]
@@ -34,25 +34,29 @@ class TorchKernels:
 
     name: str = "torch"
 
-    def linear(self, weight: Tensor, bias: Tensor | None, scales: Tensor | None = None) -> Linear:
+    def linear(
+        self, weight: Tensor, bias: Tensor | None, scales: Tensor | None = None, *, residual: bool = False
+    ) -> Linear:
         """The product x [rows, in] -> [rows, out] with `weight` [out, in], laid out for this device.
 
         A weight of int8 has `scales`, float32 [out]; its product is one of integers, with x rounded to int8 by a scale
-        for each row, and exact: it is the same whatever the order of summation.
+        for each row, and exact: it is the same whatever the order of summation. It comes as bfloat16, which halves what
+        goes through memory, or as float32 where it is added to the `residual`.
         """
         if scales is not None:
-            return _integer_linear(weight, bias, scales, self.quantise)
+            return _integer_linear(weight, bias, scales, torch.float32 if residual else torch.bfloat16, self.quantise)
         if not torch.backends.mkldnn.is_available():
             return lambda x: F.linear(_floats(x), weight, bias)
         # What torch.compile's own CPU backend calls: weights reordered once, for oneDNN's blocked kernels. Unlike the
-        # plain product, a row comes out the same to the bit whatever the number of rows (from two on; see `bucket`).
+        # plain product, a row comes out the same to the bit whatever the number of rows (from two on; see `bucket`), but
+        # for bfloat16 on AMX.
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
         product = torch.ops.mkldnn._linear_pointwise.default
         return lambda x: product(x, packed, bias, "none", [], "")
 
     def quantise(self, x: Tensor) -> Scaled:
-        """Float32 rows as integers of -127..127, each 128 higher, as uint8; a row of zeros stays one."""
-        largest = x.abs().amax(1)
+        """Rows as integers of -127..127, each 128 higher, as uint8; a row of zeros stays one."""
+        largest = x.abs().amax(1).float()
         inverse = torch.where(largest > 0, 127 / largest, 0.0)
         return Scaled(((x * inverse[:, None]).round() + 128).to(torch.uint8), largest / 127)
 
@@ -117,17 +121,17 @@ def _floats(rows: Rows) -> Tensor:
 
 
 def _integer_linear(
-    weight: Tensor, bias: Tensor | None, scales: Tensor, quantise: Callable[[Tensor], Scaled]
+    weight: Tensor, bias: Tensor | None, scales: Tensor, dtype: torch.dtype, quantise: Callable[[Tensor], Scaled]
 ) -> Linear:
-    """oneDNN's product of uint8 rows with int8 weights, accumulated in int32: float32 rows, still to be scaled."""
+    """oneDNN's product of uint8 rows with int8 weights, accumulated in int32: rows of `dtype`, still to be scaled."""
     packed = torch.ops.onednn.qlinear_prepack(weight, None)
     product = torch.ops.onednn.qlinear_pointwise.default
     zeros = torch.zeros_like(scales, dtype=torch.int32)
 
     def linear(x: Rows) -> Rows:
         x = quantise(x) if isinstance(x, Tensor) else x
-        y = product(x.values, 1.0, 128, packed, scales, zeros, None, 1.0, 0, torch.float32, "none", [], "")
-        return Scaled(y, x.scales) if bias is None else _floats(Scaled(y, x.scales)) + bias
+        y = product(x.values, 1.0, 128, packed, scales, zeros, None, 1.0, 0, dtype, "none", [], "")
+        return Scaled(y, x.scales) if bias is None else (_floats(Scaled(y, x.scales)) + bias).to(dtype)
 
     return linear
 
@@ -137,7 +141,9 @@ class CudaKernels(TorchKernels):
 
     name = "torch-cuda"
 
-    def linear(self, weight: Tensor, bias: Tensor | None, scales: Tensor | None = None) -> Linear:
+    def linear(
+        self, weight: Tensor, bias: Tensor | None, scales: Tensor | None = None, *, residual: bool = False
+    ) -> Linear:
         assert scales is None, "products of integers are the CPU's"
         return lambda x: F.linear(_floats(x), weight, bias)
 
@@ -161,7 +167,8 @@ class CudaKernels(TorchKernels):
 
 
 _SUFFIXES: Final = {torch.float32: "f32", torch.bfloat16: "bf16", torch.int8: "i8"}
-_LEVELS: Final = {"AVX512": "v4", "AVX2": "v3"}  # what torch found the processor to be, to the level of x86-64
+# What torch found the processor to be, to the levels of x86-64 that the library is built for, the fastest first.
+_LEVELS: Final = {"AVX512": ("v4_amx", "v4"), "AVX2": ("v3",)}
 
 
 class NativeKernels(TorchKernels):
@@ -174,18 +181,20 @@ class NativeKernels(TorchKernels):
     @classmethod
     def find(cls) -> "NativeKernels | None":
         """The library built for this processor, or None where there is none."""
-        level = _LEVELS.get(torch.backends.cpu.get_cpu_capability())
-        spec = importlib.util.find_spec(f"guard.model._native_{level}")
-        if spec is None or spec.origin is None:
-            return None
-        return cls(spec.origin, f"native-x86-64-{level}")
+        for level in _LEVELS.get(torch.backends.cpu.get_cpu_capability(), ()):
+            spec = importlib.util.find_spec(f"guard.model._native_{level}")
+            if spec and spec.origin and (level != "v4_amx" or torch.cpu.get_capabilities().get("amx_bf16")):
+                kernels = cls(spec.origin, f"native-x86-64-{level.replace('_', '-')}")
+                if kernels._library.guard_usable():
+                    return kernels
+        return None
 
     def _call(self, function: str, dtype: torch.dtype, *arguments: Tensor | int | float | None) -> None:
         self._library[f"guard_{function}_{_SUFFIXES[dtype]}"](*map(_as_c, arguments))
 
     def quantise(self, x: Tensor) -> Scaled:
         out = _integers(*x.shape)
-        self._call("quantise", torch.int8, x, *out, *x.shape)
+        self._call("quantise", x.dtype, x, *out, *x.shape)
         return out
 
     def add_rms_norm(self, x: Tensor, delta: Rows | None, weight: Tensor, eps: float, dtype: torch.dtype) -> Rows:

@@ -96,14 +96,15 @@ class Llama:
             except KeyError:
                 raise CheckpointError(f"the checkpoint has no tensor {prefix}{name}") from None
 
-        def linear(layer: int, block: str, *names: str) -> Linear:
+        def linear(layer: int, block: str, *names: str, residual: bool = False) -> Linear:
             stems = [f"layers.{layer}.{block}.{name}_proj" for name in names]
             weight = torch.cat([take(f"{stem}.weight") for stem in stems])
             biased = f"{prefix}{stems[0]}.bias" in tensors
             bias = torch.cat([take(f"{stem}.bias") for stem in stems]) if biased else None
             if weight.dtype != torch.int8:
                 return kernels.linear(weight, bias)
-            return kernels.linear(weight, bias, torch.cat([take(f"{stem}.weight_scale") for stem in stems]))
+            scales = torch.cat([take(f"{stem}.weight_scale") for stem in stems])
+            return kernels.linear(weight, bias, scales, residual=residual)
 
         self.config = config
         self._kernels = kernels
@@ -115,10 +116,10 @@ class Llama:
             _Layer(
                 attention_norm=take(f"layers.{i}.input_layernorm.weight").float(),
                 qkv=linear(i, "self_attn", "q", "k", "v"),
-                out=linear(i, "self_attn", "o"),
+                out=linear(i, "self_attn", "o", residual=True),
                 mlp_norm=take(f"layers.{i}.post_attention_layernorm.weight").float(),
                 gate_up=linear(i, "mlp", "gate", "up"),
-                down=linear(i, "mlp", "down"),
+                down=linear(i, "mlp", "down", residual=True),
             )
             for i in range(config.layers)
         ]

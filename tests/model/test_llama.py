@@ -147,19 +147,23 @@ def test_the_embedded_model_does_not_depend_on_the_batch(lengths: list[int], ran
 @settings(deadline=None, max_examples=20)
 @batches
 def test_no_form_depends_on_the_batch(form: str, dtype: torch.dtype, lengths: list[int], random: Random) -> None:
-    """So it is in torch alone and with native kernels, in float32, bfloat16 and int8."""
-    hold_batch_invariance(packed("llama3", form, dtype), lengths, random)
+    """So it is in torch alone and with native kernels, in float32, bfloat16 and int8.
+
+    But for bfloat16 on AMX, where the order of oneDNN's sums depends on the number of rows: there it is nearly so.
+    """
+    nearly = dtype == torch.bfloat16 and torch.cpu.get_capabilities().get("amx_bf16", False)
+    hold_batch_invariance(packed("llama3", form, dtype), lengths, random, 0.03 if nearly else 0)
 
 
-def hold_batch_invariance(model: Llama, lengths: list[int], random: Random) -> None:
+def hold_batch_invariance(model: Llama, lengths: list[int], random: Random, within: float = 0) -> None:
+    """To the bit, or `within` a share of the largest value."""
     sequences = [random_ids(length, seed) for seed, length in enumerate(lengths)]
     together = read_all(model, sequences)
     order = random.sample(range(len(sequences)), len(sequences))
     shuffled = read_all(model, [sequences[i] for i in order])
-    for place, i in enumerate(order):
-        assert torch.equal(shuffled[place], together[i])
     (alone,) = read_all(model, [sequences[order[0]]])
-    assert torch.equal(alone, together[order[0]])
+    for i, own in [*zip(order, shuffled, strict=True), (order[0], alone)]:
+        assert (own - together[i]).abs().max() <= within * together[i].abs().max()
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -11,6 +11,12 @@
 #include <cstring>
 #include <vector>
 
+#if defined(__AMX_BF16__)
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace {
 
 #if defined(__AVX512F__)
@@ -100,9 +106,17 @@ inline float quantise(const float* row, uint8_t* out, int64_t cols) {
   return largest / 127.0f;
 }
 
-void quantise_rows(const float* x, uint8_t* out, float* scales, int64_t rows, int64_t cols) {
-#pragma omp parallel for schedule(static)
-  for (int64_t i = 0; i < rows; ++i) scales[i] = quantise(x + i * cols, out + i * cols, cols);
+template <typename T>
+void quantise_rows(const T* x, uint8_t* out, float* scales, int64_t rows, int64_t cols) {
+#pragma omp parallel
+  {
+    std::vector<float> row(cols);
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < cols; ++j) row[j] = load(x[i * cols + j]);
+      scales[i] = quantise(row.data(), out + i * cols, cols);
+    }
+  }
 }
 
 // Where a kernel puts a row of results that it has computed in float32.
@@ -262,6 +276,203 @@ void attend(const Work& work, const T* qkv, T* out, int group, int heads, int kv
   }
 }
 
+#if defined(__AMX_BF16__)
+
+constexpr int kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl, for the registers below
+constexpr int kTile = 16;  // rows of a tile, and 32-bit columns
+
+// The eight tile registers of this thread, all of them 16 rows of 64 bytes, as long as this lives.
+struct Tiles {
+  Tiles() {
+    alignas(64) struct {
+      uint8_t palette = 1, start = 0, unused[14] = {};
+      uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } config;
+    asm volatile("" ::"r"(&config) : "memory");
+    _tile_loadconfig(&config);
+  }
+  ~Tiles() { _tile_release(); }
+};
+
+// Transposes 16 x 16 words in registers.
+inline void transpose(__m512i r[kTile]) {
+  __m512i t[kTile];
+  for (int i = 0; i < kTile; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < kTile; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+  }
+}
+
+// Word k holds a[k] and, above it, b[k]: the pairs that tiles multiply.
+inline __m512i pairs(__m256i a, __m256i b) {
+  return _mm512_or_si512(_mm512_cvtepu16_epi32(a), _mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16));
+}
+
+// 2^x for x <= 0, not a number counting as the least; relative error below 5e-6, a thousandth of a bf16's rounding.
+// Range reduction to [-1/2, 1/2] and the degree-4 Taylor polynomial.
+inline __m512 exp2_nonpositive(__m512 x) {
+  x = _mm512_max_ps(x, _mm512_set1_ps(-150.0f));
+  const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 r = _mm512_sub_ps(x, n);
+  __m512 p = _mm512_set1_ps(0.00961812911f);
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.0555041087f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.240226507f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.693147181f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+  return _mm512_scalef_ps(p, n);
+}
+
+// The same on tiles of bfloat16. Scores and results stand transposed, with a query in each lane, so that the softmax
+// goes down the rows; keys ahead of a query count nothing, which leaves every sum to the bit as it would be without.
+void attend(const Work& work, const bf16* qkv, bf16* out, int group, int heads, int kv_heads, int dim, float* scratch) {
+  const int stride = (heads + 2 * kv_heads) * dim, rows = work.queries * group;
+  const int width = (rows + kTile - 1) / kTile * kTile;
+  uint32_t* q = reinterpret_cast<uint32_t*>(scratch);        // [dim / 2, width], pairs of dimensions
+  float* acc = scratch + dim / 2 * width;                    // [dim, width]
+  float* top = acc + dim * width;                            // [width], running maximum
+  float* mass = top + width;                                 // [width], running sum
+  uint16_t* keys = reinterpret_cast<uint16_t*>(mass + width);                   // [kBlock, dim]
+  uint32_t* values = reinterpret_cast<uint32_t*>(keys + kBlock * dim);          // [dim, kBlock / 2], pairs of keys
+  float* scores = reinterpret_cast<float*>(values + dim * kBlock / 2);          // [kBlock, kTile]
+  uint32_t* shares = reinterpret_cast<uint32_t*>(scores + kBlock * kTile);      // [kBlock / 2, kTile], pairs of keys
+  const __m512 scale = _mm512_set1_ps(1.44269504f / std::sqrt(static_cast<float>(dim)));
+  const bf16* sequence = qkv + static_cast<int64_t>(work.start) * stride;
+  const auto query = [&](int i) {
+    return static_cast<int64_t>(work.query + i / group) * stride + (work.head * group + i % group) * dim;
+  };
+
+  for (int d = 0; d < dim; d += 2 * kTile)
+    for (int j = 0; j < width; j += kTile) {
+      __m512i block[kTile];
+      for (int i = 0; i < kTile; ++i)
+        block[i] = j + i < rows ? _mm512_loadu_si512(sequence + query(j + i) + d) : _mm512_setzero_si512();
+      transpose(block);
+      for (int i = 0; i < kTile; ++i) _mm512_storeu_si512(q + (d / 2 + i) * width + j, block[i]);
+    }
+  std::fill(top, top + width, -INFINITY);
+  std::fill(mass, mass + width, 0.0f);
+
+  const int last = work.query + work.queries;  // keys that any of these queries may see
+  for (int begin = 0; begin < last; begin += kBlock) {
+    const int count = std::min(kBlock, last - begin);
+    const int used = (count + 2 * kTile - 1) / (2 * kTile) * 2 * kTile;
+    const bf16* key = sequence + static_cast<int64_t>(begin) * stride + (heads + work.head) * dim;
+    for (int k = 0; k < used; ++k) {
+      if (k < count)
+        std::memcpy(keys + k * dim, key + static_cast<int64_t>(k) * stride, dim * sizeof(bf16));
+      else
+        std::memset(keys + k * dim, 0, dim * sizeof(bf16));
+    }
+    const bf16* value = key + kv_heads * dim;
+    for (int k = 0; k < used; k += 2 * kTile)
+      for (int d = 0; d < dim; d += kTile) {
+        const auto row = [&](int at) {
+          return at < count ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(value + static_cast<int64_t>(at) * stride + d))
+                            : _mm256_setzero_si256();
+        };
+        __m512i block[kTile];
+        for (int i = 0; i < kTile; ++i) block[i] = pairs(row(k + 2 * i), row(k + 2 * i + 1));
+        transpose(block);
+        for (int i = 0; i < kTile; ++i) _mm512_storeu_si512(values + (d + i) * (kBlock / 2) + k / 2, block[i]);
+      }
+
+    for (int j = 0; j < width; j += kTile) {
+      asm volatile("" ::: "memory");  // loads of tiles do not tell the compiler what they read
+      for (int k = 0; k < used; k += kTile) {
+        _tile_zero(0);
+        for (int d = 0; d < dim; d += 2 * kTile) {
+          _tile_loadd(1, keys + k * dim + d, dim * sizeof(bf16));
+          _tile_loadd(2, q + d / 2 * width + j, width * sizeof(uint32_t));
+          _tile_dpbf16ps(0, 1, 2);
+        }
+        _tile_stored(0, scores + k * kTile, kTile * sizeof(float));
+      }
+      int seen[kTile];  // the keys of this block that a query sees
+      for (int i = 0; i < kTile; ++i) seen[i] = work.query + (j + i) / group + 1 - begin;
+      const __m512i visible = _mm512_loadu_si512(seen);
+      const auto see = [&](int k) { return _mm512_cmpgt_epi32_mask(visible, _mm512_set1_epi32(k)); };
+      const __m512 before = _mm512_loadu_ps(top + j);
+      __m512 highest = before;
+      for (int k = 0; k < used; ++k) {
+        const __m512 score = _mm512_mul_ps(_mm512_loadu_ps(scores + k * kTile), scale);
+        _mm512_storeu_ps(scores + k * kTile, score);
+        highest = _mm512_mask_max_ps(highest, see(k), highest, score);
+      }
+      const auto share = [&](int k) {
+        return _mm512_maskz_mov_ps(see(k), exp2_nonpositive(_mm512_sub_ps(_mm512_loadu_ps(scores + k * kTile), highest)));
+      };
+      __m512 sum = _mm512_setzero_ps();
+      for (int k = 0; k < used; k += 2) {
+        const __m512 a = share(k), b = share(k + 1);
+        sum = _mm512_add_ps(_mm512_add_ps(sum, a), b);
+        const __m512i both = pairs((__m256i)_mm512_cvtneps_pbh(a), (__m256i)_mm512_cvtneps_pbh(b));
+        _mm512_storeu_si512(shares + k / 2 * kTile, both);
+      }
+      const __m512 shrink = exp2_nonpositive(_mm512_sub_ps(before, highest));
+      _mm512_storeu_ps(top + j, highest);
+      _mm512_storeu_ps(mass + j, _mm512_fmadd_ps(_mm512_loadu_ps(mass + j), shrink, sum));
+      asm volatile("" ::: "memory");
+      for (int d = 0; d < dim; d += kTile) {
+        _tile_zero(0);
+        if (begin > 0) {
+          for (int i = 0; i < kTile; ++i) {
+            float* row = acc + (d + i) * width + j;
+            _mm512_storeu_ps(row, _mm512_mul_ps(_mm512_loadu_ps(row), shrink));
+          }
+          asm volatile("" ::: "memory");
+          _tile_loadd(0, acc + d * width + j, width * sizeof(float));
+        }
+        for (int k = 0; k < used; k += 2 * kTile) {
+          _tile_loadd(1, values + d * (kBlock / 2) + k / 2, kBlock / 2 * sizeof(uint32_t));
+          _tile_loadd(2, shares + k / 2 * kTile, kTile * sizeof(uint32_t));
+          _tile_dpbf16ps(0, 1, 2);
+        }
+        _tile_stored(0, acc + d * width + j, width * sizeof(float));
+      }
+    }
+  }
+
+  for (int j = 0; j < width; j += kTile) {
+    const __m512 inverse = _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_loadu_ps(mass + j));
+    for (int d = 0; d < dim; d += kTile) {
+      __m512i block[kTile];
+      for (int i = 0; i < kTile; ++i)
+        block[i] = _mm512_castps_si512(_mm512_mul_ps(_mm512_loadu_ps(acc + (d + i) * width + j), inverse));
+      transpose(block);
+      for (int i = 0; i < std::min(kTile, rows - j); ++i) {
+        bf16* to = out + (static_cast<int64_t>(work.start) + work.query + (j + i) / group) * heads * dim +
+                   (work.head * group + (j + i) % group) * dim + d;
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(_mm512_castsi512_ps(block[i])));
+      }
+    }
+  }
+}
+
+#else
+
+struct Tiles {};
+
+#endif
+
 // bounds [sequences + 1]: sequence s is rows bounds[s]:bounds[s + 1] of qkv [rows, (heads + 2 * kv_heads) * dim].
 template <typename T>
 void attention(const T* qkv, const int32_t* bounds, int64_t sequences, T* out, int64_t heads, int64_t kv_heads,
@@ -276,10 +487,11 @@ void attention(const T* qkv, const int32_t* bounds, int64_t sequences, T* out, i
   // Longest first, so that threads end together.
   std::stable_sort(works.begin(), works.end(), [](const Work& a, const Work& b) { return a.query > b.query; });
   const int group = static_cast<int>(heads / kv_heads);
-  const int64_t rows = kBlock * group;
+  const int64_t rows = kBlock * group;  // a multiple of a tile's
   const int64_t size = rows * (2 * dim + kBlock + 2) + 2 * kBlock * dim;
 #pragma omp parallel
   {
+    [[maybe_unused]] const Tiles tiles;
     std::vector<float> scratch(size);
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < static_cast<int64_t>(works.size()); ++i)
@@ -311,20 +523,32 @@ extern "C" {
 EXPORT(float, f32)
 EXPORT(bf16, bf16)
 
-// Between products of integers: rows come as float32 with a scale for each, and go as integers with one.
+// Between products of integers: rows come with a scale for each, and go as integers with one.
 void guard_add_rms_norm_i8(float* x, const float* delta, const float* delta_scales, const float* weight, uint8_t* out,
                            float* scales, int64_t rows, int64_t cols, float eps) {
   add_rms_norm(x, delta, delta_scales, weight, Integers{out, scales}, rows, cols, eps);
 }
-void guard_silu_mul_i8(const float* gate_up, const float* gate_up_scales, uint8_t* out, float* scales, int64_t rows,
+void guard_silu_mul_i8(const bf16* gate_up, const float* gate_up_scales, uint8_t* out, float* scales, int64_t rows,
                        int64_t cols) {
   silu_mul(gate_up, gate_up_scales, Integers{out, scales}, rows, cols);
 }
-void guard_rope_i8(float* qkv, const float* scales, const int32_t* positions, const float* cos, const float* sin,
+void guard_rope_i8(bf16* qkv, const float* scales, const int32_t* positions, const float* cos, const float* sin,
                    int64_t rows, int64_t stride, int64_t heads, int64_t dim) {
   rope(qkv, scales, positions, cos, sin, rows, stride, heads, dim);
 }
-void guard_quantise_i8(const float* x, uint8_t* out, float* scales, int64_t rows, int64_t cols) {
+void guard_quantise_f32(const float* x, uint8_t* out, float* scales, int64_t rows, int64_t cols) {
   quantise_rows(x, out, scales, rows, cols);
+}
+void guard_quantise_bf16(const bf16* x, uint8_t* out, float* scales, int64_t rows, int64_t cols) {
+  quantise_rows(x, out, scales, rows, cols);
+}
+
+// Whether the processor and the system let this process use what the library was built for; before anything else.
+bool guard_usable() {
+#if defined(__AMX_BF16__)
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return true;
+#endif
 }
 }
