@@ -48,8 +48,8 @@ class TorchKernels:
         if not torch.backends.mkldnn.is_available():
             return lambda x: F.linear(_floats(x), weight, bias)
         # What torch.compile's own CPU backend calls: weights reordered once, for oneDNN's blocked kernels. Unlike the
-        # plain product, a row comes out the same to the bit whatever the number of rows (from two on; see `bucket`), but
-        # for bfloat16 on AMX.
+        # plain product, a row comes out the same to the bit whatever the number of rows (from two on; see `bucket`);
+        # but for bfloat16 on AMX.
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
         product = torch.ops.mkldnn._linear_pointwise.default
         return lambda x: product(x, packed, bias, "none", [], "")

@@ -4,8 +4,10 @@ Sources: UAX #15 (NFKC; once TR15), UTR #36 and UTS #39 with its confusables.txt
 UTS #51 (emoji and their tags), DerivedCoreProperties.txt (Default_Ignorable_Code_Point).
 """
 
+import codecs
 import re
 import unicodedata
+from base64 import b64decode
 from typing import Final
 
 # Latin letters in other dress that NFKC leaves as they are: small capitals, and white letters in black discs and boxes.
@@ -46,6 +48,15 @@ _SPACED: Final = re.compile(
 )
 _BETWEEN: Final = re.compile(r"[\s._-]+")
 
+_BASE64: Final = re.compile(r"(?<![\w+/=-])[0-9A-Za-z+/_-]{16,}+={0,2}(?![\w+/=-])")
+_URL_SAFE: Final = str.maketrans("-_", "+/")
+# None of them is turned into a word that other languages are full of, as `in` is into `va`.
+_COMMON_WORDS: Final = (
+    "the and to of for is it that this you your me my how what why who can do make give with from are have not write"
+)
+_COMMON: Final = frozenset(_COMMON_WORDS.split())
+_LETTERS: Final = re.compile("[A-Za-z]+")
+
 _WORD: Final = re.compile("[A-Za-zÀ-ɏͰ-ԯḀ-ỿἀ-῿]{3,}")
 # What stands within words of ordinary print though NFKC changes it: µ, ª and others of Latin-1, ligatures, and ™.
 _PRINT: Final = {
@@ -60,6 +71,8 @@ def normalise(text: str) -> str:
     - What tag characters (U+E0020 to U+E007E) spell is read, on a line after the visible text; flags stay.
     - Invisible characters go, unless they stand beside a letter or symbol that may need them to join or to part: one
       of a script other than Latin, Greek, Cyrillic and Armenian, or an emoji.
+    - Base64 of sixteen characters and more is decoded where print with a word comes out, and a text is turned by ROT13
+      where that makes one word of five, and more words than there were, common ones of English.
     - Words spelled letter by letter are joined: four letters and more, all apart by one and the same space, dot, hyphen
       or underscore; wider gaps are those between words.
     - Look-alikes become Latin in words that hold nothing but them and Latin letters. A word of look-alikes alone is
@@ -81,7 +94,24 @@ def undisguise(text: str) -> str:
 
 def _pass(text: str) -> str:
     text = unicodedata.normalize("NFKC", text.translate(_DRESSED))
-    return _as_latin(_SPACED.sub(_joined, _SPLITTERS.sub("", _with_tags_read(text))))
+    text = _as_latin(_SPACED.sub(_joined, _SPLITTERS.sub("", _with_tags_read(text))))
+    return _turned(_BASE64.sub(_decoded, text))
+
+
+def _decoded(run: re.Match[str]) -> str:
+    digits = run[0].rstrip("=").translate(_URL_SAFE)
+    try:
+        text = b64decode(digits + "=" * (-len(digits) % 4), validate=True).decode()
+    except ValueError:
+        return run[0]
+    return text if _WORD.search(text) and all(c.isprintable() or c.isspace() for c in text) else run[0]
+
+
+def _turned(text: str) -> str:
+    """The text, or what ROT13 makes of it if that alone is English."""
+    turned = codecs.encode(text, "rot13")
+    before, after = (sum(word in _COMMON for word in _LETTERS.findall(one.lower())) for one in (text, turned))
+    return turned if after > before and after >= 0.2 * len(_LETTERS.findall(text)) and after > 1 else text
 
 
 def _with_tags_read(text: str) -> str:

@@ -1,7 +1,9 @@
 """What disguises a text is undone; what ordinary text is made of stays."""
 
+import codecs
 import string
 import unicodedata
+from base64 import b64encode, urlsafe_b64encode
 from collections.abc import Callable
 
 import pytest
@@ -48,6 +50,10 @@ DISGUISES: dict[str, Callable[[str], str]] = {
     "dots": lambda text: spelled(text, ".", " "),
     "hyphens": lambda text: spelled(text, "-", "--"),
     "underscores": lambda text: spelled(text, "_", "   "),
+    "Base64": lambda text: b64encode(text.encode()).decode(),
+    "Base64 for addresses": lambda text: urlsafe_b64encode(text.encode()).decode().rstrip("="),
+    "ROT13": lambda text: codecs.encode(text, "rot13"),
+    "ROT13 in Base64": lambda text: b64encode(codecs.encode(text, "rot13").encode()).decode(),
     "look-alikes, spelled": lambda text: spelled(DISGUISES["Cyrillic"](text), " ", "  "),
 }
 
@@ -72,6 +78,8 @@ ORDINARY = (
     "α and β, Δt, 5 kΩ, 3 µmol, Srª., TNF-α",
     "👨‍👩‍👧 ❤️ 1️⃣ 🏳️‍🌈 👍🏽 ©️ Ⓜ️ 🅿️ " + BLACK_FLAG + tags("gbsct") + "\U000e007f",
     "Hello, \u2068John\u2069.",
+    "The key is MIIBIjANBgkqhkiG9w0BAQEFAAOC, its digest 5d41402abc4b2a76b9719d911017c592; see internationalisation.",
+    "Va-t-il or ne va-t-il pas? Ona na to. Er re, go to it.",
 )
 
 
