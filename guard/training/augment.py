@@ -30,6 +30,7 @@ _REQUESTS: Final = (
     "Is this well written? ",
     "Continue: ",
 )
+_GREETINGS: Final = ("Hi", "Hello!", "Thanks", "OK", "?")
 _ENCODED_CHARACTERS: Final = 160  # longer texts are not worth their tokens
 
 
@@ -52,6 +53,12 @@ def homoglyphs(text: str, rng: random.Random) -> str:
 def zero_width(text: str, rng: random.Random) -> str:
     """Characters that nobody sees, within words."""
     return _some(text, rng, rng.uniform(0.1, 0.4), lambda letter: letter + rng.choice(_ZERO_WIDTH))
+
+
+def tag_characters(text: str, rng: random.Random) -> str:
+    """ASCII as tags of Unicode, which nobody sees, behind a harmless word; what else there is stays as it is."""
+    hidden = "".join(chr(0xE0000 + ord(letter)) if " " <= letter <= "~" else letter for letter in text)
+    return rng.choice(_GREETINGS) + hidden
 
 
 def random_case(text: str, rng: random.Random) -> str:
@@ -116,6 +123,7 @@ DISGUISES: Final[Mapping[str, Callable[[str, random.Random], str]]] = {
         leetspeak,
         homoglyphs,
         zero_width,
+        tag_characters,
         random_case,
         typos,
         encoded,
@@ -129,6 +137,7 @@ _SHARES: Final = dict.fromkeys(DISGUISES, 2.0) | {
     "letter_spacing": 0.5,
     "homoglyphs": 0.5,
     "zero_width": 0.5,
+    "tag_characters": 0.2,
     "encoded": 0.5,
     "random_case": 3.0,
 }
@@ -144,20 +153,24 @@ class Augmenter:
         self._passages = [
             text
             for example in examples
-            if example.role == Role.USER and not example.unsafe
+            if example.role == Role.USER and not example.unsafe and example.taught < 1
             for text in (example.conversation.turns[-1].text,)
             if 40 <= len(text) <= 400
         ]
-        self._names = [*_SHARES, "passage"]
-        self._bounds = list(accumulate([*_SHARES.values(), _PASSAGE_SHARE if self._passages else 0.0]))
+        shares = _SHARES | ({"passage": _PASSAGE_SHARE} if self._passages else {})
+        self.names = tuple(shares)
+        self._bounds = list(accumulate(shares.values()))
 
     def __call__(self, example: Example, rng: random.Random) -> Example:
         """The example with its judged turn changed in one way; a reply may be cut short instead."""
-        turns = example.conversation.turns
-        text = turns[-1].text
         if example.role == Role.AGENT and rng.random() < _CUT_SHARE / (_CUT_SHARE + self._bounds[-1]):
-            return _with_text(example, _cut(text, example.unsafe, rng))
-        (name,) = rng.choices(self._names, cum_weights=self._bounds)
+            return _with_text(example, _cut(example.conversation.turns[-1].text, example.unsafe, rng))
+        (name,) = rng.choices(self.names, cum_weights=self._bounds)
+        return self.change(name, example, rng)
+
+    def change(self, name: str, example: Example, rng: random.Random) -> Example:
+        """The example with its judged turn changed in the way of that name, one of `names`."""
+        text = example.conversation.turns[-1].text
         if name == "passage":
             lead = rng.choice(_REQUESTS) if rng.random() < 0.3 and example.role == Role.USER else ""
             return _with_text(example, lead + _beside(rng.choice(self._passages), text, rng))

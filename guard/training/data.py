@@ -28,13 +28,16 @@ class Source(_Strict):
     """What a recipe takes of one file `<name>.jsonl.gz` or `<name>.jsonl`.
 
     `safe` and `unsafe` are the most rows of that label in the training split, `repeat` how often each is seen in an
-    epoch, `weight` its weight in the loss; of its labels a share `smoothing` is doubted. `group` names keys of
-    `source_labels`; rows that agree in them stay in one split. Without it, or where a row has none of them, rows that
-    open with the same turn do.
+    epoch, `weight` its weight in the loss; of its labels a share `smoothing` is doubted. A teacher's probabilities
+    stand in for a share `taught` of each label, and are all there is to learn from at most `unlabelled` further rows.
+    `group` names keys of `source_labels`; rows that agree in them stay in one split. Without it, or where a row has
+    none of them, rows that open with the same turn do.
     """
 
     safe: Annotated[int, Field(ge=0)] | None = None
     unsafe: Annotated[int, Field(ge=0)] | None = None
+    unlabelled: Annotated[int, Field(ge=0)] = 0
+    taught: Annotated[float, Field(ge=0, le=1)] = 0.0
     repeat: Annotated[int, Field(ge=1)] = 1
     weight: Annotated[float, Field(gt=0)] = 1.0
     smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -85,7 +88,10 @@ class Recipe(_Strict):
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A conversation whose last turn is labelled; `hazards` is None where the kind of harm is unknown."""
+    """A conversation whose last turn is labelled; `hazards` is None where the kind of harm is unknown.
+
+    `taught` is the share of the labels that the probabilities of a `teacher`, unsafe and each hazard, stand in for.
+    """
 
     id: str
     source: str
@@ -95,6 +101,8 @@ class Example:
     hazards: frozenset[str] | None
     weight: float = 1.0
     smoothing: float = 0.0
+    taught: float = 0.0
+    teacher: tuple[float, ...] | None = None
 
     @property
     def role(self) -> Role:
@@ -108,9 +116,18 @@ class Example:
 
     @property
     def targets(self) -> tuple[float, ...]:
-        """The probabilities to learn: the labels, that of `unsafe` doubted as far as it is smoothed."""
+        """The probabilities to learn: the labels, that of `unsafe` doubted as far as it is smoothed, and the teacher's.
+
+        Where the kind of harm is unknown, the teacher alone says it.
+        """
         unsafe, *hazards = map(float, self.labels)
-        return (unsafe + self.smoothing * (0.5 - unsafe), *hazards)
+        own = (unsafe + self.smoothing * (0.5 - unsafe), *hazards)
+        if self.teacher is None:
+            return own
+        shares = (self.taught, *[self.taught if self.hazards is not None else 1.0] * len(hazards))
+        return tuple(
+            label + share * (said - label) for label, said, share in zip(own, self.teacher, shares, strict=True)
+        )
 
 
 class _Message(BaseModel):
@@ -135,8 +152,9 @@ class Record(BaseModel):
     categories: frozenset[Annotated[str, AfterValidator(_hazard)]] = frozenset()
     source_labels: dict[str, Any] = {}
 
-    def example(self, weight: float = 1.0, smoothing: float = 0.0) -> Example:
-        """The record as an example; one without a label counts as safe."""
+    def example(self, source: Source | None = None) -> Example:
+        """The record as an example of a recipe's source; one without a label counts as safe, and is the teacher's."""
+        source = source or Source()
         turns = tuple(Turn(message.role, message.content) for message in self.turns)
         return Example(
             id=self.id,
@@ -145,8 +163,9 @@ class Record(BaseModel):
             conversation=Conversation(turns, len(turns) - 1),
             unsafe=self.unsafe == 1,
             hazards=None if self.unsafe and not self.categories else self.categories,
-            weight=weight,
-            smoothing=smoothing,
+            weight=source.weight,
+            smoothing=source.smoothing,
+            taught=source.taught if self.unsafe is not None else 1.0,
         )
 
 
@@ -161,7 +180,10 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def load_examples(recipe: Recipe, directory: Path, split: Split) -> list[Example]:
-    """The labelled rows of one split, each once, in a stable order; training rows up to the caps of their source."""
+    """The rows of one split, each once, in a stable order; training rows up to the caps of their source.
+
+    Held-out rows are labelled ones.
+    """
     return [example for name in recipe.sources for example in _take(recipe, directory, name, split)]
 
 
@@ -185,16 +207,17 @@ def _take(recipe: Recipe, directory: Path, name: str, split: Split) -> Iterator[
     source = recipe.sources[name]
     share = recipe.validation if source.validation is None else source.validation
     rows = recipe.validation_rows if source.validation_rows is None else source.validation_rows
-    most = {False: source.safe, True: source.unsafe} if split == "train" else {False: rows, True: rows}
-    taken = Counter[bool]()
+    caps: dict[int | None, int | None] = {0: rows, 1: rows, None: 0}  # by label
+    if split == "train":
+        caps = {0: source.safe, 1: source.unsafe, None: source.unlabelled}
+    taken = Counter[int | None]()
     for record in sorted(read_records(directory, name), key=lambda record: _fraction(recipe.seed, record.id)):
         held_out = _fraction(recipe.seed, _group(record, source)) < share
-        if record.unsafe is None or held_out != (split == "validation"):
+        if held_out != (split == "validation") or taken[record.unsafe] == caps[record.unsafe]:
             continue
-        example = record.example(source.weight, source.smoothing)
-        if source.target in (None, example.role) and taken[example.unsafe] != most[example.unsafe]:
-            taken[example.unsafe] += 1
-            yield example
+        if source.target in (None, record.turns[-1].role):
+            taken[record.unsafe] += 1
+            yield record.example(source)
 
 
 def read_records(directory: Path, name: str) -> Iterator[Record]:

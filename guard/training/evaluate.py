@@ -150,6 +150,18 @@ def curves(scores: Floats, positive: Bools) -> dict[str, Any]:
     return _rounded(found)
 
 
+def under(disguised: Mapping[str, Floats], examples: Sequence[Example], threshold: float = 0.5) -> dict[str, Any]:
+    """By the name of a disguise: `recall`, `fpr` and their Wilson `intervals`, of scores of `unsafe`, [rows] each."""
+    true = labels(examples)[0][:, 0]
+    found = {}
+    for name, scores in disguised.items():
+        hits = {"recall": scores[true] >= threshold, "fpr": scores[~true] >= threshold}
+        shares: dict[str, Any] = {rate: float(rows.mean()) for rate, rows in hits.items()}
+        intervals = {rate: wilson(int(rows.sum()), len(rows)) for rate, rows in hits.items()}
+        found[name] = _rounded({"rows": len(scores), "positives": int(true.sum()), **shares, "intervals": intervals})
+    return found
+
+
 def thresholds(scores: Floats, examples: Sequence[Example]) -> dict[str, dict[str, dict[str, Any]]]:
     """By role and head, for each of FALSE_POSITIVE_RATES the threshold that keeps to it, and what it then does.
 

@@ -161,7 +161,7 @@ def _batch(examples: Sequence[Example], rows: Sequence[Sequence[_Sequence]], len
             start = end
     known = [examples[place] for _, place in labels]
     mask = torch.ones(len(known), 1 + len(HAZARDS))
-    mask[[example.hazards is None for example in known], 1:] = 0.0
+    mask[[example.hazards is None and example.teacher is None for example in known], 1:] = 0.0
     return Batch(
         ids=ids,
         positions=positions,
@@ -269,7 +269,7 @@ def _step(model: TurnModel, optimizer: torch.optim.Optimizer, batch: Batch, reci
 def fingerprint(recipe: Recipe, examples: Sequence[Example]) -> str:
     """What must not change while a run is interrupted: the recipe, but for how long it goes on, and its rows."""
     digest = sha256(recipe.model_dump_json(exclude={"steps", "decay"}).encode())
-    digest.update("\n".join(example.id for example in examples).encode())
+    digest.update("\n".join(f"{example.id} {example.teacher}" for example in examples).encode())
     return digest.hexdigest()
 
 

@@ -1,6 +1,7 @@
 """What makes a model: `train` one by a recipe, then `release` it calibrated, in int8 and measured."""
 
 import json
+import random
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers import LlamaConfig
 
 from guard.errors import ConfigError
@@ -17,11 +19,13 @@ from guard.model.chat import ChatTokenizer
 from guard.model.checkpoint import amend_checkpoint, copy_checkpoint, load_tensors, read_checkpoint, save_checkpoint
 from guard.model.turn_classifier import TurnClassifier
 from guard.settings import Settings
+from guard.training.augment import Augmenter
 from guard.training.base import load_base
 from guard.training.calibrate import calibrate, predict, probabilities
 from guard.training.card import write_card
 from guard.training.data import Example, load_examples, read_recipe, repeated
-from guard.training.evaluate import HEADS, Floats, evaluate, thresholds
+from guard.training.distill import taught
+from guard.training.evaluate import HEADS, Floats, evaluate, thresholds, under
 from guard.training.finetune import Progress, TurnModel, batches, finetune
 from guard.training.quantise import acceptable, agreement, smoothed
 from guard.training.served import served
@@ -31,6 +35,7 @@ MAX_TOKENS = 2048
 _SMOOTHING = 0.5
 _SMOOTHING_ROWS = 256
 _BATCH_ROWS = 8
+_DISGUISED_ROWS = 200  # of either label
 _THRESHOLDS = "thresholds.json"
 
 
@@ -40,6 +45,7 @@ def train(
     base: Path,
     out: Path,
     *,
+    teachers: Sequence[Path] = (),
     steps: int | None = None,
     save_every: int = 50,
     compiled: bool = True,
@@ -47,21 +53,25 @@ def train(
 ) -> None:
     """Fine-tunes `base` on a directory of JSON Lines files, and leaves a float32 Hugging Face directory in `out`.
 
+    `teachers` are Guard model directories, for the rows that the recipe has taught. A base that is one itself goes on
+    from its own outputs.
     A run that was stopped goes on from its last save; `out/log.jsonl` has a line for every report. `steps` stands in
     for the recipe's, and may change when a run goes on. Unless `compiled` is off, a C++ compiler is needed.
     Raises ConfigError for a recipe, data or base that cannot be used.
     """
     plan = read_recipe(recipe)
     plan = plan.model_copy(update={"steps": steps or plan.steps})
-    examples = repeated(plan, load_examples(plan, data, "train"))
+    rows = load_examples(plan, data, "train")
     origin = load_base(base)
     origin.config.num_hidden_layers = plan.blocks
     out.mkdir(parents=True, exist_ok=True)
+    examples = repeated(plan, taught(rows, teachers, out / "teachers.safetensors"))
     origin.config.save_pretrained(out)
     (out / "tokenizer.json").write_text(origin.tokenizer_json, encoding="utf-8")
     torch.manual_seed(plan.seed)
     model = TurnModel(origin.config)
-    loaded = model.load_state_dict(origin.tensors, strict=False)  # of a deeper base the upper blocks are left out
+    # Of a deeper base the upper blocks are left out.
+    loaded = model.load_state_dict(_of_taxonomy(origin.tensors), strict=False)
     if lacking := {name for name in loaded.missing_keys if not name.startswith("score.")}:
         raise ConfigError(f"{base}: lacks {', '.join(sorted(lacking))}")
     if compiled:
@@ -81,13 +91,16 @@ def train(
 def load_model(path: Path) -> TurnModel:
     """A trained model, float32, from its Hugging Face directory or from a Guard model directory.
 
-    Outputs beyond those of the taxonomy, which come last, are left out.
+    Outputs beyond those of the taxonomy are left out.
     """
     model = TurnModel(LlamaConfig.from_pretrained(path))
-    tensors = load_tensors(path, torch.float32)
-    heads = {name: tensors[name][: len(HEADS)] for name in ("score.weight", "score.bias")}
-    model.load_state_dict(tensors | heads)
+    model.load_state_dict(_of_taxonomy(load_tensors(path, torch.float32)))
     return model
+
+
+def _of_taxonomy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without outputs beyond those of the taxonomy, which come last."""
+    return {name: tensor[: len(HEADS)] if name.startswith("score.") else tensor for name, tensor in tensors.items()}
 
 
 def score(path: Path, examples: Sequence[Example], dtype: str = "auto") -> Floats:
@@ -138,6 +151,7 @@ def release(
     evaluation["benchmarks"] = {
         title: evaluate(served(_serving(out), rows)[1], rows) for title, rows in (benchmarks or {}).items()
     }
+    evaluation["disguised"] = _disguised(out, held_out, plan.seed)
     (out / "evaluation.json").write_text(json.dumps(evaluation, indent=1) + "\n", encoding="utf-8")
     shutil.copy(recipe, out / "recipe.yaml")
     write_card(out)
@@ -196,6 +210,22 @@ def _measure(model: Path, examples: Sequence[Example]) -> dict[str, Any]:
     _, scores = served(_serving(model), examples)
     amend_checkpoint(model, {_THRESHOLDS: json.dumps(thresholds(scores, examples), indent=1) + "\n"})
     return evaluate(scores, examples)
+
+
+def _disguised(model: Path, examples: Sequence[Example], seed: int) -> dict[str, Any]:
+    """What is left of recall and false positives, as served, where judged turns are disguised."""
+    rng = random.Random(seed)
+    rows = [
+        row
+        for unsafe in (True, False)
+        for own in ([example for example in examples if example.unsafe == unsafe],)
+        for row in rng.sample(own, min(_DISGUISED_ROWS, len(own)))
+    ]
+    augment = Augmenter(examples)
+    names = ("plain", *augment.names)
+    changed = [row if name == "plain" else augment.change(name, row, rng) for name in names for row in rows]
+    _, scores = served(_serving(model), changed)
+    return under(dict(zip(names, scores[:, 0].reshape(len(names), -1), strict=True)), rows)
 
 
 def _serving(model: Path) -> Settings:
