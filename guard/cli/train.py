@@ -110,12 +110,14 @@ def _train(
 ) -> dict[str, Any]:
     """What the model is worth on the rows its recipe holds out."""
     with options.extra("training"):
-        from guard.training import pipeline
+        from guard.training import pipeline, processes
         from guard.training.data import load_benchmarks
     recipe = recipe or _RECIPE
     unseen = load_benchmarks(benchmarks, _BENCHMARK_ROWS) if benchmarks else {}
     with _reported() as report:
         pipeline.train(recipe, data, base, work, teachers=teachers, steps=steps, compiled=compiled, report=report)
+    if not processes.first():
+        raise typer.Exit
     released = pipeline.release(recipe, data, work, out, name=name or "guard", benchmarks=unseen)
     found: dict[str, Any] = released["held_out"]["unsafe"]
     return found

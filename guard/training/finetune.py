@@ -3,7 +3,7 @@
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaModel
 
 from guard.errors import ConfigError
 from guard.model.chat import ChatTokenizer
+from guard.training import processes
 from guard.training.augment import Augmenter
 from guard.training.data import Example, Recipe
 from guard.types import HAZARDS
@@ -38,6 +39,12 @@ class Batch:
     mask: Tensor  # [labels, 1 + hazards], 0 where the label is unknown
     weights: Tensor  # [labels]
     places: tuple[int, ...]  # where the labels stand among the examples
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same on another device."""
+        tensors: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        del tensors["places"]
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +103,7 @@ def batches(examples: Sequence[Example], tokenizer: ChatTokenizer, lengths: Sequ
     """Examples in batches of `tokens`, each in rows of the shortest of `lengths` that holds it.
 
     A conversation that another one begins with is read as part of that one: a token depends on earlier ones alone.
+    Where training is shared, these are the rows of this process in each batch, and possibly none.
     """
     rendered = [tokenizer.tokenise(example.conversation)[0].ids for example in examples]
     packed = []
@@ -103,7 +111,10 @@ def batches(examples: Sequence[Example], tokenizer: ChatTokenizer, lengths: Sequ
         rows = _rows(sequences, length)
         count = max(1, tokens // length)
         rows += [[]] * (-len(rows) % count)  # batches of one length have one shape: it is compiled once
-        packed += [_batch(examples, rows[start : start + count], length) for start in range(0, len(rows), count)]
+        whole = [rows[start : start + count] for start in range(0, len(rows), count)]
+        for batch in whole:
+            spare: list[list[_Sequence]] = [[]] * (-len(batch) % processes.count())  # all shares have one shape
+            packed.append(_batch(examples, processes.share(batch + spare), length))
     return packed
 
 
@@ -160,14 +171,15 @@ def _batch(examples: Sequence[Example], rows: Sequence[Sequence[_Sequence]], len
             labels += [(row * length + start + size - 1, place) for place, size in places]
             start = end
     known = [examples[place] for _, place in labels]
-    mask = torch.ones(len(known), 1 + len(HAZARDS))
+    targets = torch.tensor([example.targets for example in known]).reshape(len(known), 1 + len(HAZARDS))
+    mask = torch.ones_like(targets)
     mask[[example.hazards is None and example.teacher is None for example in known], 1:] = 0.0
     return Batch(
         ids=ids,
         positions=positions,
         sequence=sequence,
-        judged=torch.tensor([end for end, _ in labels]),
-        targets=torch.tensor([example.targets for example in known]),
+        judged=torch.tensor([end for end, _ in labels], dtype=torch.long),
+        targets=targets,
         mask=mask,
         weights=torch.tensor([example.weight for example in known]),
         places=tuple(place for _, place in labels),
@@ -209,7 +221,9 @@ def finetune(
 ) -> None:
     """Trains for the recipe's steps and leaves `out/state.safetensors`; goes on from there if the file exists.
 
-    The steps, and the share of them over which the learning rate falls, may differ from those of the run that goes on.
+    The model is trained on the device where it is. Several processes take the steps that one would, each of them
+    computing a share of every batch. The steps, and the share of them over which the learning rate falls, may differ
+    from those of the run that goes on.
     Raises ConfigError where the file is of another recipe or of other rows.
     """
     model.freeze(recipe.frozen_blocks)
@@ -222,25 +236,26 @@ def finetune(
     # A row counts the same in a batch of many short rows as in one of few long ones.
     usual = sum(example.weight for example in examples) / len(plan)
     model.train()
+    device = next(model.parameters()).device
     losses: list[float] = []
     tokens, since = 0, time.monotonic()
     while step < steps:
         if step // len(plan) != number:
             number = step // len(plan)
             plan = epoch(examples, tokenizer, recipe, number)
-        batch = plan[step % len(plan)]
+        batch = plan[step % len(plan)].to(device)
         rate = learning_rate(step, recipe)
         for group in optimizer.param_groups:
             group["lr"] = group["full"] * rate
         losses.append(_step(model, optimizer, batch, recipe, usual))
-        tokens += batch.ids.numel()
+        tokens += batch.ids.numel() * processes.count()
         step += 1
         if step % report_every == 0 or step == steps:
             speed = tokens / (time.monotonic() - since)
             left = (steps - step) * recipe.tokens_per_step / speed
             report(Progress(step, steps, sum(losses) / len(losses), rate, speed, left))
             losses, tokens, since = [], 0, time.monotonic()
-        if step % save_every == 0 or step == steps:
+        if processes.first() and (step % save_every == 0 or step == steps):
             save(model, optimizer, state, step, run)
 
 
@@ -257,13 +272,16 @@ def _groups(model: TurnModel, recipe: Recipe) -> list[dict[str, Any]]:
 def _step(model: TurnModel, optimizer: torch.optim.Optimizer, batch: Batch, recipe: Recipe, usual: float) -> float:
     """One update; returns the mean loss of a label, weighted."""
     optimizer.zero_grad()
-    with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bfloat16"):
+    with torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
         logits = model(batch)
     total = loss_sum(logits, batch, recipe.hazard_loss)
     torch.autograd.backward(total / usual)
+    processes.add_up(parameter.grad for parameter in model.parameters() if parameter.grad is not None)
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
-    return total.item() / float(batch.weights.sum())
+    sums = torch.stack((total.detach(), batch.weights.sum()))
+    processes.add_up([sums])
+    return float(sums[0] / sums[1])
 
 
 def fingerprint(recipe: Recipe, examples: Sequence[Example]) -> str:
@@ -295,6 +313,7 @@ def restore(model: TurnModel, optimizer: torch.optim.Optimizer, path: Path, run:
         model.load_state_dict({name: file.get_tensor(name) for name in model.state_dict()})
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                moments = {moment: file.get_tensor(f"{moment}:{name}") for moment in ("exp_avg", "exp_avg_sq")}
-                optimizer.state[parameter] = {"step": torch.tensor(float(step)), **moments}
+                kept = {moment: file.get_tensor(f"{moment}:{name}") for moment in ("exp_avg", "exp_avg_sq")}
+                kept["step"] = torch.tensor(float(step))
+                optimizer.state[parameter] = {key: tensor.to(parameter.device) for key, tensor in kept.items()}
     return step

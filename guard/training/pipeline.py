@@ -27,6 +27,7 @@ from guard.training.data import Example, load_examples, read_recipe, repeated
 from guard.training.distill import taught
 from guard.training.evaluate import HEADS, Floats, evaluate, thresholds, under
 from guard.training.finetune import Progress, TurnModel, batches, finetune
+from guard.training.processes import first, joined, wait
 from guard.training.quantise import acceptable, agreement, smoothed
 from guard.training.served import served
 from guard.types import HAZARDS
@@ -37,6 +38,8 @@ _SMOOTHING_ROWS = 256
 _BATCH_ROWS = 8
 _DISGUISED_ROWS = 200  # of either label
 _THRESHOLDS = "thresholds.json"
+_TEACHERS = "teachers.safetensors"
+_LOG = "log.jsonl"
 
 
 def train(
@@ -54,7 +57,8 @@ def train(
     """Fine-tunes `base` on a directory of JSON Lines files, and leaves a float32 Hugging Face directory in `out`.
 
     `teachers` are Guard model directories, for the rows that the recipe has taught. A base that is one itself goes on
-    from its own outputs.
+    from its own outputs. Under torchrun every process computes a share of each step, on a GPU of its own where there
+    are GPUs.
     A run that was stopped goes on from its last save; `out/log.jsonl` has a line for every report. `steps` stands in
     for the recipe's, and may change when a run goes on. Unless `compiled` is off, a C++ compiler is needed.
     Raises ConfigError for a recipe, data or base that cannot be used.
@@ -64,28 +68,34 @@ def train(
     rows = load_examples(plan, data, "train")
     origin = load_base(base)
     origin.config.num_hidden_layers = plan.blocks
-    out.mkdir(parents=True, exist_ok=True)
-    examples = repeated(plan, taught(rows, teachers, out / "teachers.safetensors"))
-    origin.config.save_pretrained(out)
-    (out / "tokenizer.json").write_text(origin.tokenizer_json, encoding="utf-8")
     torch.manual_seed(plan.seed)
     model = TurnModel(origin.config)
     # Of a deeper base the upper blocks are left out.
     loaded = model.load_state_dict(_of_taxonomy(origin.tensors), strict=False)
     if lacking := {name for name in loaded.missing_keys if not name.startswith("score.")}:
         raise ConfigError(f"{base}: lacks {', '.join(sorted(lacking))}")
-    if compiled:
-        model.compile_blocks()
-    with (out / "log.jsonl").open("a", encoding="utf-8") as log:
+    with joined() as device:
+        if first():
+            out.mkdir(parents=True, exist_ok=True)
+            origin.config.save_pretrained(out)
+            (out / "tokenizer.json").write_text(origin.tokenizer_json, encoding="utf-8")
+            taught(rows, teachers, out / _TEACHERS)
+        wait()
+        examples = repeated(plan, taught(rows, teachers, out / _TEACHERS))
+        model.to(device)
+        if compiled:
+            model.compile_blocks()
 
         def reported(progress: Progress) -> None:
-            log.write(json.dumps(asdict(progress)) + "\n")
-            log.flush()
-            report(progress)
+            if first():
+                with (out / _LOG).open("a", encoding="utf-8") as log:
+                    log.write(json.dumps(asdict(progress)) + "\n")
+                report(progress)
 
         tokenizer = ChatTokenizer(out / "tokenizer.json", plan.max_tokens)
         finetune(model, examples, tokenizer, plan, out, save_every=save_every, report=reported)
-    save_file(model.state_dict(), out / "model.safetensors")
+        if first():
+            save_file(model.state_dict(), out / "model.safetensors")
 
 
 def load_model(path: Path) -> TurnModel:

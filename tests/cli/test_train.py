@@ -1,10 +1,14 @@
 """`guard train`, from rows to a model that can be asked."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.cli.command import guard
 from tests.training.tiny import RECIPE, colours, write_base, write_rows
@@ -33,6 +37,29 @@ async def test_what_was_trained_can_be_served(tmp_path: Path) -> None:
     red, blue = (json.loads(answer.out) for answer in answers)
     assert red["provenance"]["model"] == "colours"
     assert red["verdict"]["scores"]["unsafe"] > blue["verdict"]["scores"]["unsafe"]
+
+
+def test_several_processes_take_the_steps_of_one(tmp_path: Path) -> None:
+    """Under torchrun each computes a share of every step, and the first writes the model."""
+    torch.manual_seed(1)
+    (tmp_path / "recipe.yaml").write_text(json.dumps(RECIPE))
+    data, base = write_rows(tmp_path / "data", colours(120)), write_base(tmp_path / "base")
+    found = []
+    for processes in (1, 2):
+        out = tmp_path / f"by-{processes}"
+        options = {"recipe": tmp_path / "recipe.yaml", "data": data, "base": base, "work": f"{out}-work", "out": out}
+        command = ["torchrun", "--standalone", "--no-python", f"--nproc-per-node={processes}", "guard", "train"]
+        command += [f"--{name}={value}" for name, value in options.items()]
+        scripts = Path(sys.executable).parent
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{scripts}:{os.environ['PATH']}"}
+        subprocess.run([*command, "--steps=8", "--no-compile"], check=True, capture_output=True, env=environment)
+        assert (out / "guard.json").is_file()
+        assert len((tmp_path / f"by-{processes}-work/log.jsonl").read_text().splitlines()) == 1
+        found.append(load_file(tmp_path / f"by-{processes}-work/model.safetensors"))
+    alone, together = found
+    assert alone.keys() == together.keys()
+    for name, tensor in alone.items():
+        torch.testing.assert_close(together[name], tensor, rtol=1e-3, atol=1e-4)
 
 
 async def test_data_that_are_not_there_are_an_error_of_one_line(tmp_path: Path) -> None:
