@@ -17,13 +17,26 @@ Model = Annotated[Path | None, typer.Option(help="Directory of a model; by defau
 Out = Annotated[Path, typer.Option(help="Where the new model directory goes.")]
 
 
-def calibrate(data: Data, out: Out, model: Model = None) -> None:
+def calibrate(
+    data: Data,
+    out: Out,
+    model: Model = None,
+    prior: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of unsafe turns where the model will serve; by default that among the rows.",
+            min=0.0001,
+            max=0.9999,
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
     """Fit a model's probabilities and thresholds to labelled rows. Needs the extra `train`.
 
-    Use rows that the model was not trained on, with as large a share of unsafe ones as it will meet.
+    Use rows that the model was not trained on.
     """
     pipeline, source, examples = _prepare(data, model, out)
-    typer.echo(json.dumps(pipeline.recalibrate(source, examples, out)["unsafe"]))
+    typer.echo(json.dumps(pipeline.recalibrate(source, examples, out, prior)["unsafe"]))
 
 
 def quantize(data: Data, out: Out, model: Model = None) -> None:

@@ -1,6 +1,7 @@
 """Turns a trained model's logits into probabilities, on rows it was not trained on."""
 
 from collections.abc import Sequence
+from math import log
 
 import numpy as np
 import torch
@@ -29,11 +30,12 @@ def predict(model: TurnModel, examples: Sequence[Example], tokenizer: ChatTokeni
     return logits
 
 
-def calibrate(logits: Floats, examples: Sequence[Example]) -> Calibration:
+def calibrate(logits: Floats, examples: Sequence[Example], prior: float | None = None) -> Calibration:
     """(a, b) for each role and head, so that sigmoid(a * logit + b) is a probability; rows count by their weight.
 
-    A role with few unsafe rows shares the fit of all rows. Raises ConfigError where no row is unsafe, or of a hazard,
-    or none is safe.
+    A role with few unsafe rows shares the fit of all rows. Probabilities are those of where a share `prior` of turns is
+    unsafe, by default of where as many are as among the rows (Saerens et al. 2002, doi:10.1162/089976602753284446).
+    Raises ConfigError where no row is unsafe, or of a hazard, or none is safe.
     """
     fits = {}
     for role in (Role.USER, Role.AGENT):
@@ -41,8 +43,19 @@ def calibrate(logits: Floats, examples: Sequence[Example]) -> Calibration:
         unsafe = np.array([example.unsafe and example.hazards is not None for example in examples])
         if (own & unsafe).sum() < _FEW or (own & ~unsafe).sum() < _FEW:
             own = np.ones_like(own)
-        fits[role] = _fits(logits[own], [example for example, mine in zip(examples, own, strict=True) if mine])
+        rows = [example for example, mine in zip(examples, own, strict=True) if mine]
+        shift = 0.0 if prior is None else _log_odds(prior) - _log_odds(_share(rows))
+        fits[role] = {code: (a, b + shift) for code, (a, b) in _fits(logits[own], rows).items()}
     return fits
+
+
+def _share(examples: Sequence[Example]) -> float:
+    """How much of the rows' weight is unsafe."""
+    return sum(example.weight for example in examples if example.unsafe) / sum(example.weight for example in examples)
+
+
+def _log_odds(share: float) -> float:
+    return log(share / (1 - share))
 
 
 def _fits(logits: Floats, examples: Sequence[Example]) -> dict[str, tuple[float, float]]:

@@ -9,8 +9,8 @@ from typing import Any
 from guard.errors import ConfigError
 from guard.model.checkpoint import read_checkpoint
 from guard.training.data import Recipe, read_recipe
-from guard.training.plots import draw
-from guard.training.report import FIGURES, Table, cell, metrics, operating_points, slices, title
+from guard.training.plots import draw, draw_loss
+from guard.training.report import FIGURES, Table, cell, disguises, metrics, operating_points, slices, title
 from guard.types import HAZARDS
 
 _DATA = Path(__file__).parents[2] / "docs" / "data.md"
@@ -24,15 +24,16 @@ _ELSEWHERE = ("by_role", "by_language", "by_length", "by_source")
 def write_card(directory: Path, data: Path = _DATA) -> None:
     """Writes README.md and its plots into a model directory.
 
-    Reads guard.json, recipe.yaml, evaluation.json (as guard.training.pipeline.release writes it) and, where there is
-    one, notes.md: what people know of the model, in Markdown. `data` holds the table of sources with their licences.
-    The same files give the same card. Raises ConfigError where a file is missing or wrong.
+    Reads guard.json, recipe.yaml, evaluation.json and training.jsonl (as guard.training.pipeline.release writes them)
+    and, where there is one, notes.md: what people know of the model, in Markdown. `data` holds the table of sources
+    with their licences. The same files give the same card. Raises ConfigError where a file is missing or wrong.
     """
     checkpoint = read_checkpoint(directory)
     recipe = read_recipe(directory / "recipe.yaml")
     evaluation = json.loads(_read(directory / "evaluation.json"))
     held_out = evaluation["held_out"]
     plots = draw({"held out": held_out["curves"]}, directory)
+    log = [json.loads(line) for line in _read(directory / "training.jsonl").splitlines()]
     digest = sha256((directory / "recipe.yaml").read_bytes()).hexdigest()
     scores = ", ".join(f"{code} {HAZARDS[code]}" if code in HAZARDS else code for code in checkpoint.hazards)
     facts = {
@@ -58,6 +59,7 @@ def write_card(directory: Path, data: Path = _DATA) -> None:
         "\n".join(f"- {failure}" for failure in _failures(evaluation)),
         "## Training",
         _settings(recipe).markdown(),
+        f"![loss]({draw_loss(log, directory)})",
         "## Data",
         _sources(recipe, data).markdown(),
     ]
@@ -80,6 +82,12 @@ def _figures(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, Table]]:
     if evaluation["benchmarks"]:
         rows = {name: found["unsafe"] for name, found in evaluation["benchmarks"].items()}
         yield "Rows that were never trained on", metrics("set", rows)
+    some = next(iter(evaluation["disguised"].values()))
+    safe = some["rows"] - some["positives"]
+    yield (
+        f"{some['positives']} unsafe and {safe} harmless held-out rows, each in every disguise that training knows",
+        disguises(evaluation["disguised"]),
+    )
     yield "Operating points of `unsafe`, chosen on the held-out rows", operating_points(evaluation["thresholds"])
 
 

@@ -164,19 +164,21 @@ def release(
     evaluation["disguised"] = _disguised(out, held_out, plan.seed)
     (out / "evaluation.json").write_text(json.dumps(evaluation, indent=1) + "\n", encoding="utf-8")
     shutil.copy(recipe, out / "recipe.yaml")
+    shutil.copy(trained / _LOG, out / "training.jsonl")
     write_card(out)
     return evaluation
 
 
-def recalibrate(model: Path, examples: Sequence[Example], out: Path) -> dict[str, Any]:
+def recalibrate(model: Path, examples: Sequence[Example], out: Path, prior: float | None = None) -> dict[str, Any]:
     """Writes the model directory `out`: `model`, its probabilities and thresholds fitted to other labelled rows.
 
-    Returns the metrics on those rows. Outputs beyond the taxonomy keep their fit. Raises ConfigError for rows that lack
-    unsafe ones, those of a known hazard or safe ones.
+    Probabilities are for where a share `prior` of turns is unsafe, by default as many as are among the rows. Returns
+    the metrics on those rows. Outputs beyond the taxonomy keep their fit. Raises ConfigError for rows that lack unsafe
+    ones, those of a known hazard or safe ones.
     """
     checkpoint = read_checkpoint(model)
     tokenizer = ChatTokenizer(model / "tokenizer.json", checkpoint.max_tokens)
-    fits = calibrate(predict(load_model(model), examples, tokenizer), examples)
+    fits = calibrate(predict(load_model(model), examples, tokenizer), examples, prior)
     copy_checkpoint(model, out)
     amend_checkpoint(out, calibration={role: {**own, **fits[role]} for role, own in checkpoint.calibration.items()})
     return _measure(out, examples)

@@ -1,6 +1,6 @@
 """The curves of an evaluation as small PNG files; the same curves give the same bytes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,25 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 _COLOURS = ("tab:blue", "tab:orange")
+_MEAN_OF = 10  # reports of a run
+
+
+def draw_loss(log: Sequence[Mapping[str, Any]], directory: Path) -> str:
+    """Plots the loss over the steps of a run, and its mean over ten reports; returns the file's name."""
+    steps = {report["step"]: report["loss"] for report in log}  # of a run that was resumed the later word counts
+    ordered = sorted(steps)
+    losses = np.array([steps[step] for step in ordered])
+    figure = Figure(figsize=(4.8, 3.6), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="loss of a label", ylim=(0, 1.1 * losses.max()))
+    axes.plot(ordered, losses, color=_COLOURS[0], alpha=0.3, label="since the last report")
+    window = min(_MEAN_OF, len(losses))
+    axes.plot(
+        ordered[window - 1 :], np.convolve(losses, np.ones(window) / window, "valid"), color=_COLOURS[0], label="mean"
+    )
+    axes.legend(fontsize="small")
+    axes.grid(alpha=0.3)
+    figure.savefig(directory / "loss.png", dpi=100, metadata={"Software": None})
+    return "loss.png"
 
 
 def draw(curves: Mapping[str, Mapping[str, Any]], directory: Path) -> list[str]:

@@ -142,6 +142,12 @@ def operating_points(thresholds: Mapping[str, Any]) -> Table:
     )
 
 
+def disguises(found: Mapping[str, Any]) -> Table:
+    """What `guard.training.evaluate.under` found, the plain rows first."""
+    rows = ((name.replace("_", " "), cell(own, "recall"), cell(own, "fpr")) for name, own in found.items())
+    return Table(("disguise", "recall", "FPR"), tuple(rows))
+
+
 def cell(found: Mapping[str, Any], name: str, *, signed: bool = False) -> str:
     """A metric and its interval in per cent; nothing where it could not be computed."""
     if name not in found:

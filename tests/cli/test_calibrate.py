@@ -39,6 +39,18 @@ async def test_calibration_is_fitted_to_ones_own_rows(tmp_path: Path, rows: Path
     assert all(point["fpr"] <= point["max_fpr"] for point in points)
 
 
+async def test_probabilities_are_for_the_share_of_unsafe_turns_that_is_expected(tmp_path: Path, rows: Path) -> None:
+    """Half of the rows are unsafe; where one turn of ten is, the odds of every turn are a ninth of what they were."""
+    model = write_model(tmp_path / "model")
+    for out, options in (("even", ()), ("rare", ("--prior=0.1",))):
+        result = await guard(
+            "calibrate", rows, "--model", model, "--out", tmp_path / out, *options, OMP_NUM_THREADS="1"
+        )
+        assert result.code == 0
+    even, rare = (score(tmp_path / name, read_examples(rows), "float32") for name in ("even", "rare"))
+    assert (rare / (1 - rare)) / (even / (1 - even)) == pytest.approx(1 / 9, rel=1e-3)
+
+
 async def test_int8_is_allowed_where_it_agrees(tmp_path: Path, rows: Path) -> None:
     """Quantising says how far int8 moves scores, and the model directory says whether it may be chosen."""
     model = write_model(tmp_path / "model")

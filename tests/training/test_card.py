@@ -10,12 +10,12 @@ from guard.errors import ConfigError
 from guard.model.checkpoint import read_checkpoint
 from guard.training.card import language_verdict, write_card
 from guard.training.data import Example
-from guard.training.evaluate import HEADS, evaluate, thresholds
+from guard.training.evaluate import HEADS, evaluate, thresholds, under
 from guard.types import Conversation, Role, Turn
 from tests.training.untrained import write_model
 
 RECIPE = Path(__file__).parents[2] / "guard/model/default/recipe.yaml"
-PLOTS = ("precision-recall.png", "reliability.png", "scores.png")
+PLOTS = ("precision-recall.png", "reliability.png", "scores.png", "loss.png")
 
 
 def _example(number: int, unsafe: bool) -> Example:
@@ -27,7 +27,7 @@ def _example(number: int, unsafe: bool) -> Example:
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    """A model directory with all that a card is written from."""
+    """A model directory with all that a card is written from; of the scores a third at most survives a disguise."""
     write_model(tmp_path)
     shutil.copy(RECIPE, tmp_path / "recipe.yaml")
     random = np.random.default_rng(1)
@@ -43,7 +43,10 @@ def directory(tmp_path: Path) -> Path:
             form: {"rows": 10, "auprc_lost": 0.001, "verdicts_changed": 0.01, "unsafe_mean_difference": 0.005}
             for form in ("weights", "products")
         },
+        "disguised": under({"plain": scores[:100, 0], "random_case": scores[:100, 0] / 3}, examples[:100]),
     }
+    reports = [{"step": 10 * n, "loss": 1 / n} for n in range(1, 20)]
+    (tmp_path / "training.jsonl").write_text("".join(json.dumps(report) + "\n" for report in reports))
     (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
     return tmp_path
 
@@ -62,6 +65,7 @@ def test_a_card_tells_what_the_files_say(directory: Path) -> None:
     assert " in: de 100.0 (" in flagged
     assert " in: it 0.0 (" in missed
     assert "| others | 100 |" in card
+    assert "| random case | 0.0 (0.0–" in card
     assert "| `advbench` | en | MIT | busycalibrating/AdversariaLLM @ `f970939273ea` |" in card
     assert card.endswith("## Notes\n\nIt was made in a hurry.\n")
     for plot in PLOTS:
@@ -101,7 +105,7 @@ def test_the_verdict_on_a_language(positives: int, low: float, verdict: str) -> 
     assert language_verdict(found) == verdict
 
 
-@pytest.mark.parametrize("name", ["evaluation.json", "recipe.yaml"])
+@pytest.mark.parametrize("name", ["evaluation.json", "recipe.yaml", "training.jsonl"])
 def test_a_missing_file_is_named(directory: Path, name: str) -> None:
     (directory / name).unlink()
     with pytest.raises(ConfigError, match=name):
