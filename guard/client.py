@@ -10,9 +10,12 @@ else leaves a request without an answer, such as a server that cannot be reached
 
 import asyncio
 import json
+import math
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Lock
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypedDict, TypeVar, Unpack
 
@@ -150,29 +153,41 @@ class Client:
     ) -> AsyncGenerator[pb.CheckManyResponse, None]:
         """Answers in the order they finish; thousands may be in flight, and the server paces the taking of `requests`.
 
-        A request that gets no answer gets an `error`. What `requests` raises ends the stream and is raised here.
+        A request that gets no answer gets an `error`. Where the stream breaks off, as it does when the server stops,
+        so does every request that was taken and not answered; then the cause is raised, and no more are taken. What
+        `requests` raises is raised here, once those before it are answered.
         """
-        failures: list[Exception] = []
+        asked = _Asked()
+        call = self._stub.CheckMany(metadata=self._metadata)
 
         async def taken() -> AsyncIterator[pb.CheckManyRequest]:
-            try:
+            with asked.taking():
                 async for request in _each(requests):
+                    asked.add(request.id)
                     yield request
-            except Exception as error:
-                failures.append(error)
-                raise
 
-        call = self._stub.CheckMany(taken(), metadata=self._metadata)
+        async def send() -> None:
+            async for request in taken():
+                await call.write(request)
+            await call.done_writing()
+
+        sending = asyncio.create_task(send())
         try:
-            with _translated():
-                async for response in call:
-                    yield response
-        except asyncio.CancelledError:  # what gRPC makes of an error in `requests`
-            if failures:
-                raise failures[0] from None
-            raise
+            async for response in call:
+                asked.remove(response.id)
+                yield response
+        except grpc.RpcError as error:
+            unanswered = asked.close()
+            for id in unanswered:
+                yield pb.CheckManyResponse(id=id, error=_item_error(error))
+            if unanswered or not asked.all_taken:
+                raise _error(error) from error
         finally:
             call.cancel()
+            sending.cancel()
+            await asyncio.gather(sending, return_exceptions=True)  # a write fails as the stream does, which is told
+        if asked.failure is not None:
+            raise asked.failure
 
     async def model(self) -> pb.GetModelResponse:
         with _translated():
@@ -242,12 +257,30 @@ class SyncClient:
 
     def check_many(self, requests: Iterable[pb.CheckManyRequest]) -> Generator[pb.CheckManyResponse, None, None]:
         """As Client.check_many; `requests` is run through on a thread of gRPC's."""
-        call = self._stub.CheckMany(iter(requests), metadata=self._metadata)
+        asked = _Asked()
+
+        def taken() -> Iterator[pb.CheckManyRequest]:
+            with asked.taking():
+                for request in requests:
+                    if not asked.add(request.id):
+                        return
+                    yield request
+
+        call = self._stub.CheckMany(taken(), metadata=self._metadata)
         try:
-            with _translated():
-                yield from call
+            for response in call:
+                asked.remove(response.id)
+                yield response
+        except grpc.RpcError as error:
+            unanswered = asked.close()
+            for id in unanswered:
+                yield pb.CheckManyResponse(id=id, error=_item_error(error))
+            if unanswered or not asked.all_taken:
+                raise _error(error) from error
         finally:
             call.cancel()
+        if asked.failure is not None:
+            raise asked.failure
 
     def model(self) -> pb.GetModelResponse:
         with _translated():
@@ -267,6 +300,45 @@ class SyncClient:
         with _translated():
             answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=self._timeout)
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+class _Asked:
+    """The requests of one stream that have no answer yet; they are taken on one thread and answered on another."""
+
+    def __init__(self) -> None:
+        self.all_taken = False
+        self.failure: Exception | None = None
+        self._ids: Counter[str] = Counter()
+        self._is_closed = False
+        self._lock = Lock()
+
+    @contextmanager
+    def taking(self) -> Iterator[None]:
+        """Around the taking of all requests; keeps what that raises as `failure`."""
+        try:
+            yield
+            self.all_taken = True
+        except Exception as error:
+            self.failure = error
+
+    def add(self, id: str) -> bool:
+        """False where the stream is over, and the request is not to be sent."""
+        with self._lock:
+            if not self._is_closed:
+                self._ids[id] += 1
+            return not self._is_closed
+
+    def remove(self, id: str) -> None:
+        with self._lock:
+            self._ids[id] -= 1
+            if not self._ids[id]:
+                del self._ids[id]
+
+    def close(self) -> list[str]:
+        """The ids that have no answer, and will have none."""
+        with self._lock:
+            self._is_closed = True
+            return list(self._ids.elements())
 
 
 def _open(api: Any, target: str, tls: Tls | None, retries: bool) -> Any:
@@ -317,6 +389,13 @@ def _translated() -> Iterator[None]:
         yield
     except grpc.RpcError as error:
         raise _error(error) from error
+
+
+def _item_error(error: Any) -> pb.Error:
+    """The same for one request of a stream; `error` is the grpc.RpcError that ended it."""
+    kind = _error(error)
+    retry_after_ms = math.ceil(kind.retry_after * 1000) if isinstance(kind, Overloaded) else 0
+    return pb.Error(code=error.code().value[0], message=error.details(), retry_after_ms=retry_after_ms)
 
 
 def _error(error: Any) -> GuardError:

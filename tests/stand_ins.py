@@ -94,6 +94,8 @@ class WordJudge:
         if "wait" in text:
             self.started.release()
             await self.gate.wait()
+            if self._draining:  # as an engine that is asked for the next window of a long conversation
+                raise Draining
 
     def _verdict(self, policy: Policy, index: int, turn: Turn) -> Verdict:
         words = len(turn.text.split())

@@ -1,20 +1,54 @@
 """The clients, against a real server."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Callable, Coroutine, Iterator
+from typing import NamedTuple
 
 import pytest
 
 from guard.client import Client, SyncClient, check_request, conversation_request
 from guard.errors import Expired, GuardError, InputError, NotFound, Overloaded, Unanswered
 from guard.v1 import moderation_pb2 as pb
-from tests.conftest import Service, until
+from tests.conftest import Serve, Service, until
 
 HI = [("user", "Hi!")]
 
 
 def item(id: str, text: str = "Hi!") -> pb.CheckManyRequest:
     return pb.CheckManyRequest(id=id, request=check_request([("user", text)]))
+
+
+class Outcome(NamedTuple):
+    """What a stream gave, and what it raised then."""
+
+    answers: list[pb.CheckManyResponse]
+    error: Exception | None
+
+
+Many = Callable[[Service, Iterator[pb.CheckManyRequest]], Coroutine[None, None, Outcome]]
+
+
+async def many(service: Service, requests: Iterator[pb.CheckManyRequest]) -> Outcome:
+    outcome = Outcome([], None)
+    try:
+        async for answer in service.client.check_many(requests):
+            outcome.answers.append(answer)
+    except Exception as error:
+        return outcome._replace(error=error)
+    return outcome
+
+
+async def many_synchronously(service: Service, requests: Iterator[pb.CheckManyRequest]) -> Outcome:
+    def ask() -> Outcome:
+        outcome = Outcome([], None)
+        try:
+            with SyncClient(service.target, retries=False) as client:
+                outcome.answers.extend(client.check_many(requests))
+        except Exception as error:
+            return outcome._replace(error=error)
+        return outcome
+
+    return await asyncio.to_thread(ask)
 
 
 def test_a_request_is_made_from_pairs_messages_or_another_request() -> None:
@@ -97,16 +131,58 @@ async def test_thousands_may_be_in_flight(service: Service) -> None:
     assert {answer.WhichOneof("result") for answer in answers} == {"response"}
 
 
-async def test_an_error_of_the_requests_is_the_callers(service: Service) -> None:
-    """What the caller's own iterator raises comes back as it is."""
+@pytest.mark.parametrize("many", [many, many_synchronously])
+async def test_an_error_of_the_requests_is_the_callers(service: Service, many: Many) -> None:
+    """What the caller's own iterator raises comes back as it is, after the answers to what came before it."""
 
-    async def requests() -> AsyncIterator[pb.CheckManyRequest]:
+    def requests() -> Iterator[pb.CheckManyRequest]:
         yield item("a")
         raise LookupError("no more")
 
-    with pytest.raises(LookupError, match="no more"):
-        async for _ in service.client.check_many(requests()):
-            pass
+    answers, error = await many(service, requests())
+    assert [(answer.id, answer.WhichOneof("result")) for answer in answers] == [("a", "response")]
+    assert isinstance(error, LookupError)
+
+
+@pytest.mark.parametrize("many", [many, many_synchronously])
+async def test_what_a_broken_stream_leaves_unanswered_is_told(serve: Serve, many: Many) -> None:
+    """Each request that was taken comes back, with an answer or with the cause, and the cause is raised at the end."""
+    sent: list[str] = []
+
+    def requests() -> Iterator[pb.CheckManyRequest]:
+        for id in "abc":
+            yield item(id, "wait")
+            sent.append(id)
+
+    async with serve(max_in_flight=1, drain_seconds=600) as service:
+        asking = asyncio.create_task(many(service, requests()))
+        await service.judge.started.acquire()
+        await until(lambda: len(sent) == 3)
+        stopped = asyncio.create_task(service.server.stop())
+        await until(lambda: service.events("draining") != [])
+        service.judge.gate.set()
+        answers, error = await asking
+        await stopped
+    assert (answers[0].id, answers[0].WhichOneof("result")) == ("a", "response")
+    cause = pb.Error(code=14, message="the service is stopping")
+    assert answers[1:] == [pb.CheckManyResponse(id=id, error=cause) for id in "bc"]
+    assert str(error) == "UNAVAILABLE: the service is stopping"
+
+
+@pytest.mark.parametrize("many", [many, many_synchronously])
+async def test_a_stream_that_breaks_after_the_last_answer_is_whole(serve: Serve, many: Many) -> None:
+    """Nothing is missing, though the server, which could not read on, never knew that there was no more to come."""
+    async with serve(max_in_flight=1, drain_seconds=600) as service:
+        asking = asyncio.create_task(many(service, iter([item("a", "wait")])))
+        await service.judge.started.acquire()
+        stopped = asyncio.create_task(service.server.stop())
+        await until(lambda: service.events("draining") != [])
+        service.judge.gate.set()
+        answers, error = await asking
+        await stopped
+        assert service.events("call")[-1]["code"] == "UNAVAILABLE"
+    assert [(answer.id, answer.WhichOneof("result")) for answer in answers] == [("a", "response")]
+    assert error is None
 
 
 async def test_a_stream_that_its_taker_leaves_is_given_up(service: Service) -> None:

@@ -87,7 +87,8 @@ def many(client: "SyncClient") -> int:
     A line is a conversation as `guard check` takes it, or {"text": "…", "role": "user"}, and may have an "id", which is
     its number else. Answers are JSON Lines too, {"id", "response"} or {"id", "error"}, in the order they finish.
 
-    Exits with 0 when every line got a response, else with 2 or 3.
+    Exits with 0 when every line got a response, else with 2 or 3. Where the server stops or is lost, each line that was
+    sent to it gets a response or an error, and no more lines are read.
     """
     from guard.cli import read, render
     from guard.v1 import moderation_pb2 as pb
@@ -104,8 +105,11 @@ def many(client: "SyncClient") -> int:
             sys.stdout.flush()
             advance()
 
+    # Not sys.stdin: the thread that may still wait for a line as we exit would hold what Python then wants to close.
+    source = open(sys.stdin.fileno(), "rb", closefd=False)  # noqa: SIM115 # for the same reason
+
     def requests() -> Iterator[pb.CheckManyRequest]:
-        for id, request in read.lines(sys.stdin.buffer):
+        for id, request in read.lines(source):
             if isinstance(request, InputError):
                 write(pb.CheckManyResponse(id=id, error=pb.Error(code=3, message=str(request))))
             else:

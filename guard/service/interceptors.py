@@ -6,14 +6,14 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractContextManager, aclosing, asynccontextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from urllib.parse import unquote
 
 import grpc
 from google.protobuf.message import DecodeError, Message
 from grpc_status import rpc_status
 
-from guard.errors import InputError, RateLimited
+from guard.errors import Draining, InputError, RateLimited
 from guard.service.access import RateLimit, Tokens
 from guard.service.status import code_of, reason_of, retry_after_ms, to_status
 from guard.telemetry import Telemetry
@@ -31,6 +31,7 @@ _LEVELS = {grpc.StatusCode.OK: logging.DEBUG, grpc.StatusCode.INTERNAL: logging.
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 _Decode = Callable[[bytes], Message]
+_Result = TypeVar("_Result")
 
 
 @dataclass(slots=True)
@@ -46,7 +47,8 @@ class Calls(grpc.aio.ServerInterceptor):
     """Identifies and limits callers, turns errors into statuses, and counts, logs and traces every call.
 
     Health is open to all; everything else, reflection included, asks for a token where there are `tokens`. A call of a
-    client beyond its rate is refused; the requests of a stream beyond it wait.
+    client beyond its rate is refused; the requests of a stream beyond it wait. During a drain what is new is refused,
+    and a stream ends once what was read of it is answered.
     """
 
     def __init__(self, telemetry: Telemetry, tokens: Tokens | None = None, limit: RateLimit | None = None) -> None:
@@ -56,12 +58,20 @@ class Calls(grpc.aio.ServerInterceptor):
         self._handlers: dict[str, _Handler] = {}
         self._running = 0
         self._idle = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        self._draining: asyncio.Future[None] = loop.create_future()
+        self._drained: asyncio.Future[None] = loop.create_future()
 
-    async def idle(self) -> None:
-        """Returns once no call is running, those of health aside."""
+    async def drain(self) -> None:
+        """Takes nothing new, and returns once no call is running, those of health aside."""
+        _settle(self._draining)
         while self._running:
             self._idle.clear()
             await self._idle.wait()
+
+    def end_watches(self) -> None:
+        """Ends the streams of health, which have told of the drain and have no more to tell."""
+        _settle(self._drained)
 
     async def intercept_service(
         self,
@@ -89,7 +99,7 @@ class Calls(grpc.aio.ServerInterceptor):
 
         async def unary_stream(raw: bytes, context: _Context) -> None:
             async with self._call(method, context):
-                await handler.unary_stream(decode(raw), context)
+                await _before(self._drained, handler.unary_stream(decode(raw), context))
 
         async def stream_stream(raws: AsyncIterator[bytes], context: _Context) -> None:
             async with self._call(method, context) as call:
@@ -116,6 +126,8 @@ class Calls(grpc.aio.ServerInterceptor):
                 try:
                     if guarded:
                         call.client = self._identify(context)
+                        if self._draining.done():
+                            raise Draining
                     yield call
                 except grpc.aio.AbortError:  # by a servicer of the library's
                     code = context.code()
@@ -154,10 +166,17 @@ class Calls(grpc.aio.ServerInterceptor):
             raise RateLimited(wait)
 
     async def _paced(self, call: _Call, raws: AsyncIterator[bytes], decode: _Decode) -> AsyncIterator[Message]:
-        async for raw in raws:
-            while self._limit is not None and (wait := self._limit.take(call.client)):  # noqa: ASYNC110 # time is what is waited for
-                await asyncio.sleep(wait)
+        messages = aiter(raws)
+        while (raw := await _before(self._draining, self._next(call, messages))) is not None:
             yield decode(raw)
+
+    async def _next(self, call: _Call, messages: AsyncIterator[bytes]) -> bytes | None:
+        """The next message, as soon as the client's rate has room for it; None at the end of the stream."""
+        raw = await anext(messages, None)
+        if raw is not None and self._limit is not None:
+            while wait := self._limit.take(call.client):  # noqa: ASYNC110 # time is what is waited for
+                await asyncio.sleep(wait)
+        return raw
 
     async def _refuse(self, error: Exception, context: _Context) -> NoReturn:
         self._telemetry.metrics.refusals.labels(reason_of(error)).inc()
@@ -181,6 +200,24 @@ class Calls(grpc.aio.ServerInterceptor):
             decision_id=call.decision_id,
             exc_info=failure if code is grpc.StatusCode.INTERNAL else None,
         )
+
+
+def _settle(event: asyncio.Future[None]) -> None:
+    if not event.done():
+        event.set_result(None)
+
+
+async def _before(event: asyncio.Future[None], work: Awaitable[_Result]) -> _Result:
+    """What the work gives. Where the event comes before it, the work is given up and Draining raised."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait((task, event), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise Draining
+        return task.result()
+    finally:
+        if task.cancel():
+            await asyncio.wait((task,))
 
 
 def _decoder(handler: Any) -> _Decode:

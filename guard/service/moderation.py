@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeVar
 
 import grpc
 
-from guard.errors import Draining, InputError, Loading
+from guard.errors import InputError, Loading
 from guard.policy.store import PolicyStore
 from guard.service import convert
 from guard.service.status import reason_of, to_item_error
@@ -44,13 +44,12 @@ class Judge(Protocol):
 
 
 class Moderation(ModerationServicer):
-    """Answers with Loading until `judge` is set, and ends streams with Draining once `draining` is."""
+    """Answers with Loading until `judge` is set."""
 
     def __init__(self, settings: Settings, telemetry: Telemetry) -> None:
         self._settings = settings
         self._telemetry = telemetry
         self.judge: Judge | None = None
-        self.draining = False
 
     async def Check(self, request: pb.CheckRequest, context: _Context) -> pb.CheckResponse:
         return await self._check(request, Lane.INTERACTIVE, _deadline(context))
@@ -78,7 +77,7 @@ class Moderation(ModerationServicer):
             finally:
                 in_flight.remove(item.id)
 
-        answers = as_finished(self._until_draining(request_iterator), answer, self._settings.max_in_flight)
+        answers = as_finished(request_iterator, answer, self._settings.max_in_flight)
         async with aclosing(answers):
             async for response in answers:
                 yield response
@@ -111,12 +110,6 @@ class Moderation(ModerationServicer):
     def _item_error(self, id: str, error: Exception) -> pb.CheckManyResponse:
         self._telemetry.metrics.refusals.labels(reason_of(error)).inc()
         return pb.CheckManyResponse(id=id, error=to_item_error(error))
-
-    async def _until_draining(self, items: AsyncIterator[pb.CheckManyRequest]) -> AsyncIterator[pb.CheckManyRequest]:
-        async for item in items:
-            if self.draining:
-                raise Draining
-            yield item
 
 
 def _deadline(context: _Context) -> float | None:

@@ -107,14 +107,14 @@ class Server:
         """NOT_SERVING first; then finishes what is running, for as long as `drain_seconds`; then stops listening."""
         self._log.info("draining")
         self._serving = False
-        await self._health.enter_graceful_shutdown()
-        self._moderation.draining = True
         judge = self._moderation.judge
         with suppress(TimeoutError):
             async with asyncio.timeout(self._settings.drain_seconds):
+                await self._health.enter_graceful_shutdown()  # waits for whoever watches to be told
+                await self._calls.drain()
                 if judge is not None:
                     await judge.drain()
-                await self._calls.idle()
+        self._calls.end_watches()
         await self._grpc.stop(_LAST_WORDS)
         await self._http.cleanup()
         if judge is not None:

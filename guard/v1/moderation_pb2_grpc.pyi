@@ -48,7 +48,9 @@ class ModerationStub:
     """Judges every turn, each in the context of the turns before it, in one pass of the model."""
     CheckMany: _grpc.StreamStreamMultiCallable[_moderation_pb2.CheckManyRequest, _moderation_pb2.CheckManyResponse]
     """The bulk lane: many checks over one stream, answered in the order they finish and correlated by id. Online calls
-    are served first. The server stops reading while too much is in flight, so a writer is paced by flow control.
+    are served first. The server stops reading while too much is in flight, so a writer is paced by flow control. A
+    stopping server reads no further, answers what it has read, and ends the stream with UNAVAILABLE: a request without
+    an answer was not judged, and may be sent again elsewhere.
     """
     GetModel: _grpc.UnaryUnaryMultiCallable[_moderation_pb2.GetModelRequest, _moderation_pb2.GetModelResponse]
     """The model that is served, and how it runs on this machine."""
@@ -77,7 +79,9 @@ class ModerationAsyncStub(ModerationStub):
     """Judges every turn, each in the context of the turns before it, in one pass of the model."""
     CheckMany: _aio.StreamStreamMultiCallable[_moderation_pb2.CheckManyRequest, _moderation_pb2.CheckManyResponse]  # type: ignore[assignment]
     """The bulk lane: many checks over one stream, answered in the order they finish and correlated by id. Online calls
-    are served first. The server stops reading while too much is in flight, so a writer is paced by flow control.
+    are served first. The server stops reading while too much is in flight, so a writer is paced by flow control. A
+    stopping server reads no further, answers what it has read, and ends the stream with UNAVAILABLE: a request without
+    an answer was not judged, and may be sent again elsewhere.
     """
     GetModel: _aio.UnaryUnaryMultiCallable[_moderation_pb2.GetModelRequest, _moderation_pb2.GetModelResponse]  # type: ignore[assignment]
     """The model that is served, and how it runs on this machine."""
@@ -121,7 +125,9 @@ class ModerationServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_moderation_pb2.CheckManyResponse], _abc.AsyncIterator[_moderation_pb2.CheckManyResponse]]:
         """The bulk lane: many checks over one stream, answered in the order they finish and correlated by id. Online calls
-        are served first. The server stops reading while too much is in flight, so a writer is paced by flow control.
+        are served first. The server stops reading while too much is in flight, so a writer is paced by flow control. A
+        stopping server reads no further, answers what it has read, and ends the stream with UNAVAILABLE: a request without
+        an answer was not judged, and may be sent again elsewhere.
         """
 
     @_abc_1.abstractmethod

@@ -10,7 +10,7 @@ from pathlib import Path
 import trustme
 
 from tests.cli.command import Result, guard, start
-from tests.conftest import Serve, Service
+from tests.conftest import Serve, Service, until
 
 CONVERSATION = {
     "turns": [
@@ -124,6 +124,26 @@ async def test_thousands_of_lines_are_answered_each_once(service: Service) -> No
         answer["response"]["verdict"]["action"] == ("ACTION_ALLOW" if int(answer["id"]) % 2 else "ACTION_BLOCK")
         for answer in answers
     )
+
+
+async def test_lines_that_a_stopping_server_leaves_unanswered_are_told(serve: Serve) -> None:
+    """With more lines still to come, what was asked gets its response, and the command ends with the reason."""
+    async with serve(drain_seconds=600) as service:
+        process = await start("client", "many", "--server", service.target)
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(b'{"text": "wait"}\n')
+        await service.judge.started.acquire()
+        stopped = asyncio.create_task(service.server.stop())
+        await until(lambda: service.events("draining") != [])
+        service.judge.gate.set()
+        answer = json.loads(await process.stdout.readline())
+        assert answer["response"]["verdict"]["action"] == "ACTION_ALLOW"
+        assert process.stderr is not None
+        assert await process.stderr.read() == b"error: UNAVAILABLE: the service is stopping\n"
+        assert await process.wait() == 3
+        process.stdin.close()
+        await stopped
 
 
 async def test_progress_is_shown_to_a_terminal_and_kept_out_of_the_answers(service: Service) -> None:

@@ -33,6 +33,10 @@ async def health(channel: grpc.aio.Channel, name: str = "") -> str:
     return HealthCheckResponse.ServingStatus.Name(answer.status)
 
 
+def item(id: str, text: str) -> pb.CheckManyRequest:
+    return pb.CheckManyRequest(id=id, request=check_request([("user", text)]))
+
+
 async def collect(answers: AsyncIterator[pb.CheckManyResponse]) -> list[pb.CheckManyResponse]:
     return [answer async for answer in answers]
 
@@ -80,8 +84,7 @@ async def test_a_stopping_server_finishes_what_it_has(serve: Serve) -> None:
     """During the drain health says NOT_SERVING, new calls are UNAVAILABLE, and those under way get their answers."""
     async with serve() as service:
         single = asyncio.create_task(service.client.check([("user", "wait")]))
-        request = pb.CheckManyRequest(id="a", request=check_request([("user", "wait")]))
-        stream = asyncio.create_task(collect(service.client.check_many([request])))
+        stream = asyncio.create_task(collect(service.client.check_many([item("a", "wait")])))
         await service.judge.started.acquire()
         await service.judge.started.acquire()
 
@@ -99,36 +102,84 @@ async def test_a_stopping_server_finishes_what_it_has(serve: Serve) -> None:
         await stopped
 
 
-async def test_a_stopping_server_ends_a_stream_that_goes_on(service: Service) -> None:
-    """What was read is answered, and the stream ends with UNAVAILABLE."""
-    draining = asyncio.Event()
+async def test_a_stopping_server_ends_a_stream_that_goes_on(serve: Serve) -> None:
+    """What was read is answered; what was not comes back as UNAVAILABLE, and so ends the stream."""
+    sent: list[str] = []
 
-    async def requests() -> Any:
-        yield pb.CheckManyRequest(id="a", request=check_request([("user", "wait")]))
-        await draining.wait()
-        yield pb.CheckManyRequest(id="b", request=check_request(HI))
+    async def requests() -> AsyncIterator[pb.CheckManyRequest]:
+        for id in "abc":
+            yield item(id, "wait")
+            sent.append(id)
+        await asyncio.Event().wait()
 
-    answers = service.client.check_many(requests())
-    first = asyncio.ensure_future(anext(answers))
-    await service.judge.started.acquire()
-    stopped = asyncio.create_task(service.server.stop())
-    await until(lambda: service.events("draining") != [])
-    draining.set()
-    service.judge.gate.set()
-    assert (await first).id == "a"
-    with pytest.raises(Unanswered, match=r"^UNAVAILABLE: the service is stopping$"):
-        await anext(answers)
-    await stopped
+    async with serve(max_in_flight=1, drain_seconds=600) as service:
+        answers = service.client.check_many(requests())
+        first = asyncio.ensure_future(anext(answers))
+        await service.judge.started.acquire()
+        await until(lambda: len(sent) == 3)
+        stopped = asyncio.create_task(service.server.stop())
+        await until(lambda: service.events("draining") != [])
+        service.judge.gate.set()
+        assert (await first).WhichOneof("result") == "response"
+        error = pb.Error(code=14, message="the service is stopping")
+        assert [await anext(answers) for _ in "bc"] == [pb.CheckManyResponse(id=id, error=error) for id in "bc"]
+        with pytest.raises(Unanswered, match=r"^UNAVAILABLE: the service is stopping$"):
+            await anext(answers)
+        await stopped
+
+
+@pytest.mark.parametrize("limits", [{}, {"client_rate": 1e-6, "client_burst": 1}], ids=["no limit", "a rate"])
+async def test_a_stream_with_nothing_in_flight_does_not_hold_a_stopping_server(
+    serve: Serve, limits: dict[str, float]
+) -> None:
+    """It ends at once, whether it waits for a request or for the client's rate, and so does one of reflection."""
+    async with serve(drain_seconds=600, **limits) as service:
+        many = service.stub.CheckMany()
+        for id in "ab" if limits else "a":
+            await many.write(item(id, "Hi!"))
+        assert isinstance(answer := await many.read(), pb.CheckManyResponse)
+        assert answer.id == "a"
+        calls = [many]
+        if not limits:
+            reflection = reflection_of(service.channel).ServerReflectionInfo()
+            await reflection.write(ServerReflectionRequest(list_services=""))
+            await reflection.read()
+            calls.append(reflection)
+        await service.server.stop()
+        for call in calls:
+            assert await call.code() == grpc.StatusCode.UNAVAILABLE
+            assert await call.details() == "the service is stopping"
+
+
+async def test_a_stopping_server_ends_the_watching_of_its_health(serve: Serve) -> None:
+    """A watcher is told of the drain, sees nothing more as long as it lasts, and is then told to look elsewhere."""
+    async with serve(drain_seconds=600) as service:
+        watch = health_of(service.channel).Watch(HealthCheckRequest())
+        assert (await watch.read()).status == HealthCheckResponse.SERVING
+        call = asyncio.create_task(service.client.check([("user", "wait")]))
+        await service.judge.started.acquire()
+        stopped = asyncio.create_task(service.server.stop())
+        assert (await watch.read()).status == HealthCheckResponse.NOT_SERVING
+        assert await health(service.channel) == "NOT_SERVING"
+        assert not watch.done()
+        service.judge.gate.set()
+        await call
+        await stopped
+        assert await watch.code() == grpc.StatusCode.UNAVAILABLE
+        assert await watch.details() == "the service is stopping"
 
 
 async def test_a_drain_takes_no_longer_than_it_may(serve: Serve) -> None:
-    """A call that does not end is cut off."""
+    """Calls and streams that do not end are cut off."""
     async with serve(drain_seconds=0.01) as service:
         call = asyncio.create_task(service.client.check([("user", "wait")]))
         await service.judge.started.acquire()
+        stream = asyncio.create_task(collect(service.client.check_many([item("a", "wait")])))
+        await service.judge.started.acquire()
         await service.server.stop()
-        with pytest.raises(Unanswered):
-            await call
+        for cut_off in (call, stream):
+            with pytest.raises(Unanswered):
+                await cut_off
         assert service.judge.running == 0
 
 
@@ -148,7 +199,7 @@ async def test_health_knows_no_other_services(service: Service) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as raised:
         await health(service.channel, "other")
     assert raised.value.code() == grpc.StatusCode.NOT_FOUND
-    assert service.events("call")[-1]["code"] == "NOT_FOUND"
+    await until(lambda: [event["code"] for event in service.events("call")] == ["NOT_FOUND"])
 
 
 async def test_an_unknown_method_is_unimplemented(service: Service) -> None:
