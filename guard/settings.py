@@ -84,7 +84,7 @@ class Settings(BaseModel):
     """Requests of one CheckMany stream that are read and not yet answered."""
 
     tls_cert: FilePath | None = None
-    """Certificate chain of the server, PEM; plain text is served without it."""
+    """Certificate chain of the server, PEM; plain text is served without it. These files are read again on change."""
     tls_key: FilePath | None = None
     """Private key of the certificate, PEM."""
     tls_client_ca: FilePath | None = None

@@ -10,6 +10,7 @@ from pathlib import Path
 from structlog.typing import FilteringBoundLogger
 
 from guard.errors import ConfigError, Unauthenticated
+from guard.service.files import stamp
 
 
 class Tokens:
@@ -22,7 +23,7 @@ class Tokens:
     def __init__(self, file: Path, log: FilteringBoundLogger) -> None:
         self._file = file
         self._log = log
-        self._stamp = _stamp(file)
+        self._stamp = stamp(file)
         self._names = _read(file)
 
     def name_of(self, token: str) -> str:
@@ -38,24 +39,16 @@ class Tokens:
         return found
 
     def _refresh(self) -> None:
-        stamp = _stamp(self._file)
-        if stamp == self._stamp:
+        found = stamp(self._file)
+        if found == self._stamp:
             return
-        self._stamp = stamp
+        self._stamp = found
         try:
             self._names = _read(self._file)
         except ConfigError as error:
             self._log.error("tokens_kept", problem=str(error))
         else:
             self._log.info("tokens_reloaded", tokens=len(self._names))
-
-
-def _stamp(file: Path) -> tuple[int, int, int] | None:
-    try:
-        status = file.stat()
-    except OSError:
-        return None
-    return status.st_mtime_ns, status.st_size, status.st_ino
 
 
 def _read(file: Path) -> dict[bytes, str]:

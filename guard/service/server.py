@@ -18,6 +18,7 @@ from guard.service.access import RateLimit, Tokens
 from guard.service.http import make_app
 from guard.service.interceptors import Calls
 from guard.service.moderation import Judge, Moderation
+from guard.service.tls import Certificates
 from guard.settings import Settings
 from guard.telemetry import Telemetry, adopt_stdlib_logging
 from guard.v1 import moderation_pb2
@@ -76,12 +77,15 @@ class Server:
         await self.stop()
 
     async def listen(self) -> None:
-        """Answers on both ports, with Loading and NOT_SERVING for now. Raises ConfigError where a port is not free."""
+        """Answers on both ports, with Loading and NOT_SERVING for now.
+
+        Raises ConfigError where a port is not free, or a certificate cannot be used.
+        """
         settings = self._settings
         await self._set_health(False)
         try:
             self.grpc_port = self._bind()
-        except RuntimeError:  # a certificate or key that is none ends here too
+        except RuntimeError:  # a certificate that gRPC alone refuses ends here too
             how = " with tls_cert and tls_key" if settings.tls_cert else ""
             raise ConfigError(f"listen: {settings.listen} cannot be listened on{how}") from None
         await self._grpc.start()
@@ -131,10 +135,8 @@ class Server:
         settings = self._settings
         if settings.tls_cert is None or settings.tls_key is None:
             return self._grpc.add_insecure_port(settings.listen)
-        authorities = settings.tls_client_ca.read_bytes() if settings.tls_client_ca else None
-        pair = settings.tls_key.read_bytes(), settings.tls_cert.read_bytes()
-        credentials = grpc.ssl_server_credentials([pair], authorities, require_client_auth=authorities is not None)
-        return self._grpc.add_secure_port(settings.listen, credentials)
+        certificates = Certificates(settings.tls_cert, settings.tls_key, settings.tls_client_ca, self._log)
+        return self._grpc.add_secure_port(settings.listen, certificates.credentials)
 
 
 def load_moderator(settings: Settings, telemetry: Telemetry) -> Judge:

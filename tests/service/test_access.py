@@ -4,12 +4,11 @@ from pathlib import Path
 
 import grpc
 import pytest
-import trustme
 from grpc_health.v1.health_pb2 import HealthCheckRequest
 from grpc_reflection.v1alpha.reflection_pb2 import ServerReflectionRequest
 
-from guard.client import Client, Tls, check_request
-from guard.errors import ConfigError, Overloaded, Unanswered, Unauthenticated
+from guard.client import Client, check_request
+from guard.errors import ConfigError, Overloaded, Unauthenticated
 from guard.service.access import RateLimit
 from guard.v1 import moderation_pb2 as pb
 from tests.conftest import Serve, health_of, reflection_of
@@ -128,58 +127,3 @@ def test_a_rate_is_kept_in_the_long_run() -> None:
     assert [limit.take("a") for _ in range(2)] == [0, 0.5]
     now = 100.0
     assert [limit.take("a") for _ in range(4)] == [0, 0, 0, 0.5]
-
-
-@pytest.fixture
-def authority() -> trustme.CA:
-    return trustme.CA()
-
-
-@pytest.fixture
-def tls(authority: trustme.CA, tmp_path: Path) -> dict[str, Path]:
-    """Settings of a server with a certificate for localhost."""
-    issued = authority.issue_cert("localhost")
-    cert, key, ca = tmp_path / "cert.pem", tmp_path / "key.pem", tmp_path / "ca.pem"
-    cert.write_bytes(b"".join(blob.bytes() for blob in issued.cert_chain_pems))
-    key.write_bytes(issued.private_key_pem.bytes())
-    ca.write_bytes(authority.cert_pem.bytes())
-    return {"tls_cert": cert, "tls_key": key, "tls_client_ca": ca}
-
-
-async def test_tls_serves_those_who_trust_the_authority_and_no_plain_text(
-    serve: Serve, authority: trustme.CA, tls: dict[str, Path]
-) -> None:
-    """A client that trusts the server's authority is served; one without TLS is not."""
-    del tls["tls_client_ca"]
-    async with serve(**tls) as service:
-        async with Client(service.target, tls=Tls(ca=authority.cert_pem.bytes())) as client:
-            await client.check(HI)
-        with pytest.raises(Unanswered, match=r"^UNAVAILABLE: "):
-            await service.client.check(HI)
-
-
-async def test_a_key_that_is_none_is_an_error_of_configuration(serve: Serve, tls: dict[str, Path]) -> None:
-    """The message names the settings to look at."""
-    with pytest.raises(ConfigError, match=r"^listen: localhost:0 cannot be listened on with tls_cert and tls_key$"):
-        async with serve(tls_cert=tls["tls_cert"], tls_key=tls["tls_cert"]):
-            pass
-
-
-async def test_mutual_tls_serves_those_with_a_certificate_of_the_authority(
-    serve: Serve, authority: trustme.CA, tls: dict[str, Path]
-) -> None:
-    """A client without a certificate, or with a stranger's, is not served; the log names the one that is."""
-    ca = authority.cert_pem.bytes()
-    async with serve(**tls) as service:
-        for issuer in (authority, trustme.CA(), None):
-            pair: dict[str, bytes] = {}
-            if issuer is not None:
-                issued = issuer.issue_cert("client.example", common_name="chat-backend")
-                pair = {"cert": issued.cert_chain_pems[0].bytes(), "key": issued.private_key_pem.bytes()}
-            async with Client(service.target, tls=Tls(ca=ca, **pair), retries=False) as client:
-                if issuer is authority:
-                    await client.check(HI)
-                    assert service.events("call")[-1]["client"] == "chat-backend"
-                else:
-                    with pytest.raises(Unanswered, match=r"^UNAVAILABLE: "):
-                        await client.check(HI)
