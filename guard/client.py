@@ -256,7 +256,10 @@ class SyncClient:
             return self._stub.CheckConversation(request, timeout=self._timeout, metadata=self._metadata)
 
     def check_many(self, requests: Iterable[pb.CheckManyRequest]) -> Generator[pb.CheckManyResponse, None, None]:
-        """As Client.check_many; `requests` is run through on a thread of gRPC's."""
+        """As Client.check_many; `requests` is run through on a thread of gRPC's.
+
+        Where that thread waits for a request as the stream breaks off, that one is still taken, and goes unanswered.
+        """
         asked = _Asked()
 
         def taken() -> Iterator[pb.CheckManyRequest]:

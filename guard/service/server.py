@@ -59,7 +59,9 @@ class Server:
         add_ModerationServicer_to_server(self._moderation, self._grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         reflection.enable_server_reflection((*_SERVICES, reflection.SERVICE_NAME), self._grpc)
-        self._http = web.AppRunner(make_app(telemetry.metrics.registry, lambda: self._serving), access_log=None)
+        app = make_app(telemetry.metrics.registry, lambda: self._serving)
+        # A client that owes a part of its request would be waited for beyond `drain_seconds`.
+        self._http = web.AppRunner(app, access_log=None, shutdown_timeout=_LAST_WORDS)
 
     async def __aenter__(self) -> Self:
         """Listens, loads, and serves."""
