@@ -1,4 +1,7 @@
-"""Training in one process or, under torchrun, in several, each of which computes a share of the rows of every step."""
+"""Training in one process or, under torchrun, in several, each of which computes a share of the rows of every step.
+
+    torchrun --no-python --nproc-per-node 4 guard train …
+"""
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
