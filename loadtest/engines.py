@@ -273,6 +273,7 @@ class Engine:
 ENGINES = {
     "guard": Engine(partial(_guard, dtype="auto"), "guard"),
     "guard bfloat16": Engine(partial(_guard, dtype="bfloat16"), "guard"),
+    "guard float32": Engine(partial(_guard, dtype="float32"), "guard"),
 } | {
     f"{name} {dtype}": Engine(partial(load, dtype=dtype), package)
     for name, load, package in (

@@ -11,8 +11,10 @@
 #include <cstring>
 #include <vector>
 
-#if defined(__AMX_BF16__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
+#endif
+#if defined(__AMX_BF16__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -65,6 +67,29 @@ inline float exp_nonpositive(float x) {
   std::memcpy(&scale, &bits, sizeof scale);
   return p * scale;
 }
+
+#if defined(__AVX512F__)
+
+// 2^x for x <= 0, not a number counting as the least; relative error below 5e-6, a thousandth of a bf16's rounding.
+// Range reduction to [-1/2, 1/2] and the degree-4 Taylor polynomial.
+inline __m512 exp2_nonpositive(__m512 x) {
+  x = _mm512_max_ps(x, _mm512_set1_ps(-150.0f));
+  const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 r = _mm512_sub_ps(x, n);
+  __m512 p = _mm512_set1_ps(0.00961812911f);
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.0555041087f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.240226507f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.693147181f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+  return _mm512_scalef_ps(p, n);
+}
+
+inline __m512 load16(const bf16* p) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+#endif
 
 // c[rows, P vectors] (+)= a[rows, depth] b[depth, P vectors], all float32, R rows kept in registers.
 template <int R, int P>
@@ -158,6 +183,37 @@ void add_rms_norm(float* x, const T* delta, const float* delta_scales, const flo
   }
 }
 
+// silu(gate) * up, both times scale, of one row.
+template <typename T>
+inline void silu_mul_row(const T* gate, const T* up, float scale, float* out, int64_t cols) {
+#pragma omp simd
+  for (int64_t j = 0; j < cols; ++j) {
+    const float g = load(gate[j]) * scale;
+    const float e = exp_nonpositive(g < 0 ? g : -g);  // sigmoid(g) = 1 / (1 + e) or e / (1 + e): never overflows
+    out[j] = (g < 0 ? g * e : g) / (1 + e) * (load(up[j]) * scale);
+  }
+}
+
+#if defined(__AVX512F__)
+// The same with a shorter polynomial and a reciprocal of one Newton step: relative error below 1e-5, where what comes
+// in has one of 2e-3.
+inline void silu_mul_row(const bf16* gate, const bf16* up, float scale, float* out, int64_t cols) {
+  const __m512 by = _mm512_set1_ps(scale), one = _mm512_set1_ps(1.0f), two = _mm512_set1_ps(2.0f);
+  const int64_t whole = cols / 16 * 16;
+  for (int64_t j = 0; j < whole; j += 16) {
+    const __m512 g = _mm512_mul_ps(load16(gate + j), by);
+    const __m512 e = exp2_nonpositive(_mm512_mul_ps(_mm512_abs_ps(g), _mm512_set1_ps(-1.44269504f)));
+    const __m512 d = _mm512_add_ps(one, e);
+    __m512 r = _mm512_rcp14_ps(d);
+    r = _mm512_mul_ps(r, _mm512_fnmadd_ps(d, r, two));
+    const __mmask16 negative = _mm512_cmp_ps_mask(g, _mm512_setzero_ps(), _CMP_LT_OQ);
+    const __m512 silu = _mm512_mul_ps(_mm512_mask_mul_ps(g, negative, g, e), r);
+    _mm512_storeu_ps(out + j, _mm512_mul_ps(silu, _mm512_mul_ps(load16(up + j), by)));
+  }
+  silu_mul_row<bf16>(gate + whole, up + whole, scale, out + whole, cols - whole);
+}
+#endif
+
 template <typename T, typename Out>
 void silu_mul(const T* gate_up, const float* scales, Out out, int64_t rows, int64_t cols) {
 #pragma omp parallel
@@ -166,15 +222,8 @@ void silu_mul(const T* gate_up, const float* scales, Out out, int64_t rows, int6
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < rows; ++i) {
       const T *gate = gate_up + i * 2 * cols, *up = gate + cols;
-      const float scale = scales ? scales[i] : 1.0f;
-      float* row = gated.data();
-#pragma omp simd
-      for (int64_t j = 0; j < cols; ++j) {
-        const float g = load(gate[j]) * scale;
-        const float e = exp_nonpositive(g < 0 ? g : -g);  // sigmoid(g) = 1 / (1 + e) or e / (1 + e): never overflows
-        row[j] = (g < 0 ? g * e : g) / (1 + e) * (load(up[j]) * scale);
-      }
-      out.put(i, row, cols);
+      silu_mul_row(gate, up, scales ? scales[i] : 1.0f, gated.data(), cols);
+      out.put(i, gated.data(), cols);
     }
   }
 }
@@ -325,20 +374,6 @@ inline void transpose(__m512i r[kTile]) {
 // Word k holds a[k] and, above it, b[k]: the pairs that tiles multiply.
 inline __m512i pairs(__m256i a, __m256i b) {
   return _mm512_or_si512(_mm512_cvtepu16_epi32(a), _mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16));
-}
-
-// 2^x for x <= 0, not a number counting as the least; relative error below 5e-6, a thousandth of a bf16's rounding.
-// Range reduction to [-1/2, 1/2] and the degree-4 Taylor polynomial.
-inline __m512 exp2_nonpositive(__m512 x) {
-  x = _mm512_max_ps(x, _mm512_set1_ps(-150.0f));
-  const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m512 r = _mm512_sub_ps(x, n);
-  __m512 p = _mm512_set1_ps(0.00961812911f);
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.0555041087f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.240226507f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.693147181f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-  return _mm512_scalef_ps(p, n);
 }
 
 // The same on tiles of bfloat16. Scores and results stand transposed, with a query in each lane, so that the softmax
