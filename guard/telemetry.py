@@ -65,7 +65,9 @@ class Metrics:
             if verdict.degraded:
                 self.degraded.labels(policy).inc()
             for violation in verdict.violations:
-                self.violations.labels(policy, violation.category, violation.action.name.lower()).inc()
+                self.violations.labels(
+                    policy, violation.category or violation.rule, violation.action.name.lower()
+                ).inc()
         self.tokenise_seconds.observe(decision.timings.tokenise)
         self.queue_seconds.observe(decision.timings.queue)
         self.model_seconds.observe(decision.timings.model)

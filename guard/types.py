@@ -20,7 +20,8 @@ class Action(IntEnum):
 
     ALLOW = 0
     FLAG = 1
-    BLOCK = 2
+    REDIRECT = 2
+    BLOCK = 3
 
 
 class Lane(IntEnum):
@@ -109,13 +110,27 @@ class Scores:
 
 
 @dataclass(frozen=True, slots=True)
+class Reply:
+    """What a policy has shown in place of a redirected turn: its name there, and the text."""
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Violation:
-    """A category whose score reached a threshold; `margin` is score minus threshold, 0 or more."""
+    """A category whose score reached a threshold, or a rule that matched; `reply` is that of a redirect.
+
+    `margin` is score minus threshold, 0 or more. A rule has a `rule` name, scores of 0, and no category where it counts
+    as none.
+    """
 
     category: str
     action: Action
-    score: float
-    threshold: float
+    score: float = 0.0
+    threshold: float = 0.0
+    rule: str = ""
+    reply: Reply | None = None
 
     @property
     def margin(self) -> float:
@@ -126,7 +141,8 @@ class Violation:
 class Verdict:
     """What a policy says about one turn, and on what grounds.
 
-    `scores` is None where the model could not answer; the verdict is then `degraded`, and on_error gave the action.
+    `scores` is None where the model could not answer; the verdict is then `degraded`, and the action is that of
+    on_error, or of a stricter rule. Under a policy in `shadow` the action is ALLOW, whatever the violations say.
     """
 
     turn: int
@@ -135,6 +151,12 @@ class Verdict:
     scores: Scores | None
     coverage: Coverage
     degraded: bool = False
+    shadow: bool = False
+
+    @property
+    def reply(self) -> Reply | None:
+        """What to show in place of the turn: that of the first violation, where it is redirected."""
+        return self.violations[0].reply if self.action is Action.REDIRECT else None
 
 
 @dataclass(frozen=True, slots=True)

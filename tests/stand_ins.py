@@ -2,11 +2,12 @@
 
 import asyncio
 import itertools
+from collections.abc import Mapping
 from types import MappingProxyType
 
 from guard.errors import Draining, Expired, Overloaded
-from guard.policy.compile import Category, Policy
-from guard.policy.decide import decide, decide_without_scores
+from guard.policy.compile import Category, Policy, Threshold
+from guard.policy.decide import NO_METADATA, decide, decide_without_scores
 from guard.policy.store import PolicyStore
 from guard.types import (
     Action,
@@ -23,7 +24,7 @@ from guard.types import (
     Verdict,
 )
 
-THRESHOLDS = dict.fromkeys((Role.USER, Role.AGENT), ((Action.BLOCK, 0.75), (Action.FLAG, 0.5)))
+THRESHOLDS = dict.fromkeys((Role.USER, Role.AGENT), (Threshold(Action.BLOCK, 0.75), Threshold(Action.FLAG, 0.5)))
 POLICY = Policy(
     name="default",
     revision="0123456789abcdef",
@@ -65,6 +66,7 @@ class WordJudge:
         policy: str = "",
         lane: Lane = Lane.INTERACTIVE,
         deadline: float | None = None,
+        metadata: Mapping[str, str] = NO_METADATA,
     ) -> Decision:
         if self._draining:
             raise Draining
@@ -101,8 +103,8 @@ class WordJudge:
         words = len(turn.text.split())
         coverage = Coverage(words, words)
         if "broken" in turn.text:
-            action = decide_without_scores(policy, turn.role)
-            return Verdict(index, action, (), None, coverage, degraded=True)
+            judged = decide_without_scores(policy, turn.role)
+            return Verdict(index, *judged, None, coverage, degraded=True)
         unsafe = 0.875 if "attack" in turn.text else 0.125
         scores = Scores(unsafe, {"S7": 0.625 if "address" in turn.text else 0.0, "X1": 0.25})
         return Verdict(index, *decide(policy, turn.role, scores), scores, coverage)

@@ -30,7 +30,7 @@ def check(
     A conversation is {"turns": [{"role": "user", "text": "…"}, …], "target": 0}, where target is the turn to judge,
     the last one if absent; or as chat APIs write it, {"messages": [{"role": "user", "content": "…"}, …]}.
 
-    Exits with 1 when blocked, and with 0 when allowed or flagged.
+    Exits with 1 when blocked or redirected, and with 0 when allowed or flagged.
     """
     from guard.cli import read, render
     from guard.settings import Settings
@@ -50,7 +50,7 @@ async def _judge(settings: "Settings", request: "pb.CheckRequest | pb.CheckConve
     conversation = convert.to_conversation(request, settings.max_turns)
     moderator = Moderator.load(settings, Telemetry.start("warning"))
     try:
-        decision = await moderator.judge(conversation, policy=request.policy)
+        decision = await moderator.judge(conversation, policy=request.policy, metadata=request.metadata)
     finally:
         moderator.close()
     if isinstance(request, pb.CheckRequest):

@@ -73,7 +73,7 @@ def check(
 
 @_command
 def conversation(client: "SyncClient", policy: options.Policy = "", as_json: options.Json = False) -> int:
-    """Judge every turn of the conversation on standard input; exits with 1 when any is blocked."""
+    """Judge every turn of the conversation on standard input; exits with 1 when any is blocked or redirected."""
     from guard.cli import read, render
 
     request = read.whole(read.request(None, "user", policy))

@@ -16,14 +16,21 @@ from guard.v1 import moderation_pb2 as pb
 
 Checked = pb.CheckResponse | pb.CheckConversationResponse
 
-_STYLES = {pb.ACTION_ALLOW: "green", pb.ACTION_FLAG: "yellow", pb.ACTION_BLOCK: "bold red"}
+_STYLES = {
+    pb.ACTION_ALLOW: "green",
+    pb.ACTION_FLAG: "yellow",
+    pb.ACTION_REDIRECT: "magenta",
+    pb.ACTION_BLOCK: "bold red",
+}
+_LEVELS = (pb.ACTION_FLAG, pb.ACTION_REDIRECT, pb.ACTION_BLOCK)
+_NOT_PASSING = {pb.ACTION_REDIRECT, pb.ACTION_BLOCK}
 _BAR = 16  # cells of a score of 1
 _EIGHTHS = ("", *"▏▎▍▌▋▊▉")
 _LEAST = 0.01  # a hazard below it is not worth a line
 _MOST = 5  # lines of hazards
 
 
-def _terminal() -> Console:
+def terminal() -> Console:
     """Standard output; in colours, and as wide as it is, where it is a terminal."""
     return Console(markup=False, highlight=False, emoji=False)
 
@@ -49,21 +56,23 @@ def progress() -> Iterator[Callable[[], None]]:
 
 
 def answer(turns: Sequence[pb.Turn], response: Checked, as_json: bool) -> int:
-    """Prints what was decided about `turns`. Returns 1 where any of them is blocked, else 0."""
+    """Prints what was decided about `turns`. Returns 1 where any of them does not pass, else 0."""
     if as_json:
         print_json(response)
     else:
         _verdicts(turns, response)
     verdicts = [response.verdict] if isinstance(response, pb.CheckResponse) else response.verdicts
-    return int(any(verdict.action == pb.ACTION_BLOCK for verdict in verdicts))
+    return int(any(verdict.action in _NOT_PASSING for verdict in verdicts))
 
 
 def _verdicts(turns: Sequence[pb.Turn], response: Checked) -> None:
     """One verdict in full, or one line for each of several."""
-    console = _terminal()
+    console = terminal()
     if isinstance(response, pb.CheckResponse):
         verdict = response.verdict
         console.print(_action(verdict.action), _role_name(turns[verdict.turn].role), "turn")
+        if verdict.HasField("reply"):
+            console.print(Text(f"{verdict.reply.name}: {verdict.reply.text}", _STYLES[verdict.action]), soft_wrap=True)
         for caveat in _caveats(verdict):
             console.print(caveat)
         console.print(_scores(verdict))
@@ -82,24 +91,24 @@ def _verdicts(turns: Sequence[pb.Turn], response: Checked) -> None:
 
 def model(response: pb.GetModelResponse) -> None:
     """What is served and how it runs."""
-    table = _table("", "")
+    table = columns("", "")
     table.add_row("model", f"{response.name} {response.revision}")
     table.add_row("parameters", f"{response.parameters:,}")
     table.add_row("longest input", f"{response.max_tokens:,} tokens")
     table.add_row("runs on", f"{response.device}, {response.dtype}, {response.kernels}")
     table.add_row("hazards", ", ".join(map(_hazard, response.hazards)))
-    _terminal().print(table)
+    terminal().print(table)
 
 
 def policies(response: pb.ListPoliciesResponse) -> None:
     """The policies in force, and from which score on each of them acts."""
-    console = _terminal()
+    console = terminal()
     for policy in response.policies:
         default = ", the default" if policy.name == response.default_policy else ""
-        table = _table("category", "role", "flag", "block", "hazards")
+        table = columns("category", "role", "flag", "redirect", "block", "hazards")
         for category in policy.categories:
             for role, thresholds in _by_role(category.thresholds):
-                levels = [thresholds.get(action, "") for action in (pb.ACTION_FLAG, pb.ACTION_BLOCK)]
+                levels = [thresholds.get(action, "") for action in _LEVELS]
                 table.add_row(category.name, role, *levels, " ".join(category.hazards) or "unsafe")
         console.print(Text(policy.name, style="bold"), f"{policy.revision}{default}. {policy.description}")
         console.print(table)
@@ -107,10 +116,13 @@ def policies(response: pb.ListPoliciesResponse) -> None:
 
 def _scores(verdict: pb.Verdict) -> Table:
     """The thresholds that were reached, then the scores that matter, highest first."""
-    table = _table("", "score", "", "threshold", "action")
+    table = columns("", "score", "", "threshold", "action")
     for violation in verdict.violations:
-        score = _score(violation.score, _STYLES[violation.action])
-        table.add_row(violation.category, *score, f"≥ {violation.threshold:.2f}", _action(violation.action))
+        if violation.rule:
+            table.add_row(_what(violation), "", "", "", _action(violation.action))
+        else:
+            score = _score(violation.score, _STYLES[violation.action])
+            table.add_row(_what(violation), *score, f"≥ {violation.threshold:.2f}", _action(violation.action))
     if verdict.violations:
         table.add_row()
     if verdict.HasField("scores"):
@@ -123,25 +135,35 @@ def _scores(verdict: pb.Verdict) -> Table:
 
 
 def _turns(turns: Sequence[pb.Turn], verdicts: Iterable[pb.Verdict]) -> Table:
-    table = _table("turn", "", "unsafe", "", "action", "violations")
+    table = columns("turn", "", "unsafe", "", "action", "violations")
     for verdict in verdicts:
         role = _role_name(turns[verdict.turn].role)
         score = _score(verdict.scores.unsafe) if verdict.HasField("scores") else ("", "")
-        violations = [f"{violation.category} {violation.score:.3f}" for violation in verdict.violations]
+        violations = [
+            _what(violation) if violation.rule else f"{_what(violation)} {violation.score:.3f}"
+            for violation in verdict.violations
+        ]
         remarks = "; ".join([*violations, *map(str, _caveats(verdict))])
         table.add_row(str(verdict.turn), role, *score, _action(verdict.action), remarks)
     return table
 
 
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, show_header=any(columns), header_style="dim")
-    for column in columns:
-        table.add_column(column, overflow="fold")
+def columns(*names: str) -> Table:
+    table = Table(box=None, pad_edge=False, show_header=any(names), header_style="dim")
+    for name in names:
+        table.add_column(name, overflow="fold")
     return table
 
 
 def _action(action: pb.Action.ValueType) -> Text:
     return Text(pb.Action.Name(action).removeprefix("ACTION_").lower(), style=_STYLES[action])
+
+
+def _what(violation: pb.Violation) -> str:
+    """A category, or a rule and the category that it counts as."""
+    if not violation.rule:
+        return violation.category
+    return f"rule {violation.rule}" + (f" ({violation.category})" if violation.category else "")
 
 
 def _role_name(role: pb.Role.ValueType) -> str:
@@ -162,7 +184,9 @@ def _score(score: float, style: str = "cyan") -> tuple[str, Text]:
 def _caveats(verdict: pb.Verdict) -> Iterator[Text]:
     """What a reader must know before trusting the verdict."""
     if verdict.degraded:
-        yield Text("degraded: the model could not answer, the policy's on_error decided", "magenta")
+        yield Text("degraded: the model could not answer, the policy's on_error or a rule decided", "magenta")
+    if verdict.shadow:
+        yield Text("shadow: the policy allows everything, and tells what it found", "magenta")
     coverage = verdict.coverage
     if coverage.seen < coverage.total:
         yield Text(f"the model saw {coverage.seen:,} of {coverage.total:,} tokens", "magenta")

@@ -4,7 +4,7 @@ import asyncio
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
 from itertools import zip_longest
@@ -14,8 +14,9 @@ from guard.engine.batcher import Batcher
 from guard.errors import ConfigError, ModelFailed
 from guard.model.normalise import undisguise
 from guard.model.turn_classifier import TurnClassifier
+from guard.policy.calibration import Calibration
 from guard.policy.compile import Policy, unknown_hazards
-from guard.policy.decide import decide, decide_without_scores
+from guard.policy.decide import NO_METADATA, decide, decide_without_scores
 from guard.policy.store import PolicyStore
 from guard.settings import Settings
 from guard.telemetry import Telemetry
@@ -84,7 +85,8 @@ class Moderator:
     @classmethod
     def load(cls, settings: Settings, telemetry: Telemetry) -> Self:
         """Loads policies and model as the settings say; blocks. Raises ConfigError where one cannot be used."""
-        policies = PolicyStore.load(settings.policies, settings.default_policy)
+        calibration = Calibration.read(settings.model)
+        policies = PolicyStore.load(settings.policies, settings.default_policy, calibration)
         thread = model_thread()
         model = thread.submit(TurnClassifier, settings.model, settings.device, settings.dtype, settings.threads)
         classifier = model.result()
@@ -105,20 +107,23 @@ class Moderator:
         policy: str = "",
         lane: Lane = Lane.INTERACTIVE,
         deadline: float | None = None,
+        metadata: Mapping[str, str] = NO_METADATA,
     ) -> Decision:
         """Verdicts for the turns that the conversation asks for, under one policy from start to end.
 
-        Where a text is disguised, a view of the conversation without disguises is scored in the same batch, and each
-        score is the higher one of the two; the coverage is that of the conversation as it is.
+        `metadata` is what the policy's overlays are chosen by. Where a text is disguised, a view of the conversation
+        without disguises is scored in the same batch, and each score is the higher one of the two; the coverage is that
+        of the conversation as it is. A rule matches in either view.
         `deadline` is in time.monotonic() seconds. Raises InputError, NotFound, Draining, Overloaded and Expired; where
-        the model fails, the policy's on_error answers and the verdict is degraded. Cancelling drops the request.
+        the model fails, the policy's on_error or a stricter rule answers and the verdict is degraded. Cancelling drops
+        the request.
         """
         rules = self.policies.get(policy)
         size = min(sum(len(turn.text) for turn in conversation.turns) // _TOKEN_CHARACTERS, self.model.max_tokens)
         started = time.monotonic()
         with self._batcher.arriving(lane, size):  # refuses before anything is spent
             loop = asyncio.get_running_loop()
-            raw, plain = await loop.run_in_executor(self._tokenising, self._views, conversation)
+            raw, plain, hits = await loop.run_in_executor(self._tokenising, self._read, conversation, rules)
         timings = Timings(tokenise=time.monotonic() - started)
         readings: dict[int, list[Scores | None]] = defaultdict(list)
         for windows in zip_longest(raw, plain):
@@ -137,7 +142,14 @@ class Moderator:
         return Decision(
             id=uuid.uuid4().hex,
             verdicts=tuple(
-                _verdict(rules, conversation.turns[span.turn].role, span, _highest(readings[span.turn]))
+                _verdict(
+                    rules,
+                    conversation.turns[span.turn].role,
+                    span,
+                    _highest(readings[span.turn]),
+                    hits.get(span.turn, frozenset()),
+                    metadata,
+                )
                 for span in spans
             ),
             policy=Revision(rules.name, rules.revision),
@@ -145,14 +157,32 @@ class Moderator:
             timings=timings,
         )
 
-    def _views(self, conversation: Conversation) -> tuple[tuple[Tokens, ...], tuple[Tokens, ...]]:
-        """The windows of the conversation as it is, and where it is disguised those that read otherwise without."""
-        raw = self._tokenise(conversation)
+    def _read(
+        self, conversation: Conversation, policy: Policy
+    ) -> tuple[tuple[Tokens, ...], tuple[Tokens, ...], Mapping[int, frozenset[str]]]:
+        """The windows of the conversation as it is; where it is disguised, those that read otherwise without; and the
+        rules that match a judged turn in either view."""
+        raw = self._windows(conversation, policy.history)
         turns = tuple(replace(turn, text=undisguise(turn.text)) for turn in conversation.turns)
+        judged = [span.turn for tokens in raw for span in tokens.spans]
+        views = ({conversation.turns[turn].text, turns[turn].text} for turn in judged)
+        hits = {turn: found for turn, texts in zip(judged, views, strict=True) if (found := policy.matcher.hits(texts))}
         if turns == conversation.turns:
-            return raw, ()
-        plain = self._tokenise(replace(conversation, turns=turns))
-        return raw, tuple(tokens for tokens in plain if tokens not in raw)
+            return raw, (), hits
+        plain = self._windows(replace(conversation, turns=turns), policy.history)
+        return raw, tuple(tokens for tokens in plain if tokens not in raw), hits
+
+    def _windows(self, conversation: Conversation, history: int | None) -> tuple[Tokens, ...]:
+        """The windows to read; of each judged turn one of its own, where only so many turns before it are context."""
+        if history is None:
+            return self._tokenise(conversation)
+        every = range(len(conversation.turns)) if conversation.target is None else (conversation.target,)
+        return tuple(tokens for turn in every for tokens in self._window(conversation, turn, history))
+
+    def _window(self, conversation: Conversation, turn: int, history: int) -> Iterator[Tokens]:
+        first = max(0, turn - history)
+        for tokens in self._tokenise(Conversation(conversation.turns[first : turn + 1], turn - first)):
+            yield replace(tokens, spans=tuple(replace(span, turn=turn) for span in tokens.spans))
 
     async def drain(self) -> None:
         """Refuses what is new with Draining, and waits for what is queued."""
@@ -182,11 +212,19 @@ def _highest(readings: Sequence[Scores | None]) -> Scores | None:
     return Scores(max(own.unsafe for own in scores), hazards)
 
 
-def _verdict(policy: Policy, role: Role, span: Span, scores: Scores | None) -> Verdict:
+def _verdict(
+    policy: Policy,
+    role: Role,
+    span: Span,
+    scores: Scores | None,
+    hits: frozenset[str],
+    metadata: Mapping[str, str],
+) -> Verdict:
     if scores is None:
-        return Verdict(span.turn, decide_without_scores(policy, role), (), None, span.coverage, degraded=True)
-    action, violations = decide(policy, role, scores)
-    return Verdict(span.turn, action, violations, scores, span.coverage)
+        judged = decide_without_scores(policy, role, hits)
+    else:
+        judged = decide(policy, role, scores, hits, metadata)
+    return Verdict(span.turn, *judged, scores, span.coverage, degraded=scores is None, shadow=policy.shadow)
 
 
 def _warm_up(classifier: Classifier, max_batch_tokens: int) -> float:

@@ -2,36 +2,84 @@
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
+from typing import NamedTuple
 
-from guard.policy.schema import ON_ERROR, CategorySpec, PolicySpec
-from guard.types import HAZARDS, Action, Role, Scores
+from guard.policy.calibration import Calibration, Unresolvable
+from guard.policy.rules import Matcher, Rule, words
+from guard.policy.schema import ON_ERROR, CategorySpec, PolicySpec, RoleName, RuleSpec, Scoring, ThresholdsSpec
+from guard.types import HAZARDS, Action, Reply, Role, Scores
+
+
+class Threshold(NamedTuple):
+    """From `score` on, `action` is taken; `reply` is that of a redirect."""
+
+    action: Action
+    score: float
+    reply: Reply | None = None
+
+
+Thresholds = Mapping[Role, tuple[Threshold, ...]]
+"""For each judged role, its thresholds, strictest first."""
 
 
 @dataclass(frozen=True, slots=True)
 class Category:
     """One thing a policy looks for; `hazards` is empty where the overall `unsafe` score is used.
 
-    `thresholds` holds, for each judged role, the actions and the scores they are taken from, strictest first.
+    `weights` are those of the hazards, where the scoring is weighted.
     """
 
     name: str
     title: str
     hazards: tuple[str, ...]
-    thresholds: Mapping[Role, tuple[tuple[Action, float], ...]]
+    thresholds: Thresholds
+    definition: str = ""
+    scoring: Scoring = "max"
+    weights: tuple[float, ...] = ()
+
+    def in_force(self, role: Role, overlays: Iterable["Overlay"]) -> tuple[Threshold, ...]:
+        """The thresholds for turns of a role, strictest first: those of the first overlay that has any, or its own."""
+        for overlay in overlays:
+            by_role = overlay.thresholds.get(self.name)
+            if by_role is not None and role in by_role:
+                return by_role[role]
+        return self.thresholds.get(role, ())
 
     def score(self, scores: Scores) -> float:
-        """The highest score of the category's hazards. KeyError where the model scored one of them not at all."""
-        return max(scores.hazards[code] for code in self.hazards) if self.hazards else scores.unsafe
+        """The category's score, 0 to 1. KeyError where the model scored one of its hazards not at all."""
+        if not self.hazards:
+            return scores.unsafe
+        found = [scores.hazards[code] for code in self.hazards]
+        match self.scoring:
+            case "weighted":
+                return min(1.0, sum(weight * score for weight, score in zip(self.weights, found, strict=True)))
+            case "any":
+                return 1.0 - math.prod(1.0 - score for score in found)
+            case _:
+                return max(found)
+
+
+@dataclass(frozen=True, slots=True)
+class Overlay:
+    """Thresholds by category, in place of its own, for requests whose metadata holds all of `when`."""
+
+    when: tuple[tuple[str, str], ...]
+    thresholds: Mapping[str, Thresholds]
+
+    def applies(self, metadata: Mapping[str, str]) -> bool:
+        return all(metadata.get(key) == value for key, value in self.when)
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
     """A policy; its `revision` is a hash of all that a verdict depends on or shows, whatever file and name it has.
 
-    `on_error` has every role.
+    `on_error` has every role. `history` is how many earlier turns are context; None is all that fit. Under a policy in
+    `shadow` all is judged and told, and the action is ALLOW.
     """
 
     name: str
@@ -39,14 +87,51 @@ class Policy:
     description: str
     categories: tuple[Category, ...]
     on_error: Mapping[Role, Action]
+    rules: tuple[Rule, ...] = ()
+    overlays: tuple[Overlay, ...] = ()
+    history: int | None = None
+    shadow: bool = False
+    matcher: Matcher = field(default=Matcher(()), compare=False, repr=False)
+
+    def overlaid(self, metadata: Mapping[str, str]) -> tuple[Overlay, ...]:
+        """The overlays that apply to a request with that metadata, in the order in which they win."""
+        return tuple(overlay for overlay in reversed(self.overlays) if overlay.applies(metadata))
 
 
-def compile_policy(name: str, spec: PolicySpec) -> Policy:
-    """The served form of a checked policy."""
-    categories = tuple(_category(*item) for item in spec.categories.items())
+def compile_policy(name: str, spec: PolicySpec, calibration: Calibration | None = None) -> Policy:
+    """The served form of a checked policy; `calibration` is needed where a threshold is a target."""
+    compiler = _Compiler(spec, calibration or Calibration())
+    categories = tuple(compiler.category(*item) for item in spec.categories.items())
+    rules = tuple(compiler.rule(*item) for item in spec.rules.items())
+    overlays = tuple(
+        Overlay(
+            tuple(sorted(overlay.when.items())),
+            {name: compiler.thresholds(spec.categories[name], found) for name, found in overlay.thresholds.items()},
+        )
+        for overlay in spec.overlays
+    )
     on_error = {Role(role): Action[action.upper()] for role, action in (dict(ON_ERROR) | spec.on_error).items()}
-    revision = _revision(spec.description, categories, on_error)
-    return Policy(name, revision, spec.description, categories, MappingProxyType(on_error))
+    content = {
+        "description": spec.description,
+        "mode": spec.mode,
+        "history": spec.history,
+        "on_error": on_error,
+        "categories": {category.name: category for category in categories},
+        "rules": {rule.name: rule for rule in rules},
+        "overlays": overlays,
+    }
+    return Policy(
+        name,
+        _revision(content),
+        spec.description,
+        categories,
+        MappingProxyType(on_error),
+        rules,
+        overlays,
+        spec.history,
+        spec.mode == "shadow",
+        Matcher(rules),
+    )
 
 
 def unknown_hazards(policy: Policy, scored: Collection[str]) -> tuple[str, ...]:
@@ -55,23 +140,70 @@ def unknown_hazards(policy: Policy, scored: Collection[str]) -> tuple[str, ...]:
     return tuple(sorted(asked.difference(scored)))
 
 
-def _category(name: str, spec: CategorySpec) -> Category:
-    own = sorted(set(spec.hazards) - HAZARDS.keys())
-    hazards = (*(code for code in HAZARDS if code in spec.hazards), *own)  # in this order, whatever the author's
-    thresholds = {
-        Role(role): tuple(
-            sorted(((Action[action.upper()], score) for action, score in by_action.items()), reverse=True)
+def resolve(calibration: Calibration, role: Role, spec: CategorySpec, threshold: float | Mapping[str, float]) -> float:
+    """A threshold as a number. Raises Unresolvable where it is a target that nothing measured can tell."""
+    if isinstance(threshold, float):
+        return threshold
+    ((target, share),) = threshold.items()
+    if spec.score in ("weighted", "any"):
+        raise Unresolvable(f"a number, since what is measured is no `score: {spec.score}`")
+    return calibration.threshold(role, tuple(spec.hazards) or ("unsafe",), target, share)
+
+
+@dataclass(frozen=True, slots=True)
+class _Compiler:
+    spec: PolicySpec
+    calibration: Calibration
+
+    def category(self, name: str, spec: CategorySpec) -> Category:
+        own = sorted(set(spec.hazards) - HAZARDS.keys())
+        hazards = (*(code for code in HAZARDS if code in spec.hazards), *own)  # in this order, whatever the author's
+        weights = tuple(spec.hazards[code] for code in hazards) if isinstance(spec.hazards, dict) else ()
+        thresholds = self.thresholds(spec, spec.thresholds)
+        return Category(name, spec.title, hazards, thresholds, spec.definition, spec.score, weights)
+
+    def thresholds(self, category: CategorySpec, by_role: Mapping[RoleName, ThresholdsSpec]) -> Thresholds:
+        return MappingProxyType(
+            {
+                Role(role): tuple(
+                    Threshold(
+                        Action[action.upper()],
+                        resolve(self.calibration, Role(role), category, threshold),
+                        self._reply(reply),
+                    )
+                    for action, threshold, reply in reversed(thresholds.steps())
+                )
+                for role, thresholds in by_role.items()
+            }
         )
-        for role, by_action in spec.thresholds.items()
-    }
-    return Category(name, spec.title, hazards, MappingProxyType(thresholds))
+
+    def rule(self, name: str, spec: RuleSpec) -> Rule:
+        return Rule(
+            name,
+            spec.category or "",
+            frozenset(map(Role, spec.roles)),
+            Action[spec.action.upper()],
+            self._reply(spec.reply),
+            tuple(sorted(set(map(words, spec.terms)))),
+            spec.pattern or "",
+            tuple(sorted(set(map(words, spec.exceptions)))),
+        )
+
+    def _reply(self, name: str | None) -> Reply | None:
+        return None if name is None else Reply(name, self.spec.replies[name])
 
 
-def _revision(description: str, categories: tuple[Category, ...], on_error: Mapping[Role, Action]) -> str:
-    content = {
-        "description": description,
-        "on_error": on_error,
-        "categories": {c.name: (c.title, c.hazards, {**c.thresholds}) for c in categories},
-    }
-    canonical = json.dumps(content, sort_keys=True)
+def _revision(content: object) -> str:
+    canonical = json.dumps(content, sort_keys=True, default=_plain)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def _plain(part: object) -> object:
+    """What JSON has no word for."""
+    match part:
+        case Category() | Rule() | Overlay() | Reply():
+            return {field.name: getattr(part, field.name) for field in fields(part)}
+        case Mapping():
+            return dict(part)
+        case _:
+            return sorted(part)  # type: ignore[call-overload]  # the roles of a rule

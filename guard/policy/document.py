@@ -21,6 +21,7 @@ KEY = "[key]"
 
 Loc = tuple[str | int, ...]
 Place = tuple[int, int]  # line and column, from 1
+_Found = dict[tuple[Place, str], str]  # by place and path
 
 _START = (1, 1)
 _TAG = "tag:yaml.org,2002:"
@@ -31,32 +32,56 @@ _PLAIN = _CONSTRUCTED | {_TAG + kind for kind in ("map", "seq", "str", "timestam
 class Document:
     """One file: `data` is made of dicts, tuples, str, int, float, bool and None.
 
-    Problems, its own and those reported by its reader, are gathered until `raise_problems`. A file that is no YAML at
-    all, is empty, larger than MAX_BYTES or deeper than MAX_DEPTH raises PolicyError at once.
+    Problems, its own and those reported by its reader, are gathered in `problems`, suspicions in `warnings`. A file
+    that is no YAML at all, is empty, larger than MAX_BYTES or deeper than MAX_DEPTH raises PolicyError at once.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._places: dict[Loc, Place] = {}
-        self._problems: dict[tuple[Place, str], str] = {}
+        self._problems: _Found = {}
+        self._warnings: _Found = {}
         self._constructor = YAML(typ="safe", pure=True).constructor
         self.data = self._value(self._compose(), ())
 
     def report(self, loc: Loc, problem: str) -> None:
         """Notes a problem at `loc`; what is not there is placed at the key that it is missed under."""
-        place = self._places.get(loc) or self._places.get((*loc[:-1], KEY), _START)
-        self._note(place, loc, problem)
+        self._note(self._place(loc), loc, problem)
+
+    def warn(self, loc: Loc, warning: str) -> None:
+        """Notes what is suspicious at `loc`, but no reason to refuse the file."""
+        self._warnings.setdefault((self._place(loc), _dotted(loc)), warning)
+
+    @property
+    def problems(self) -> list[str]:
+        """A line for each of the first MAX_PROBLEMS, in the order of the file."""
+        return self._lines(self._problems)
 
     def raise_problems(self) -> None:
-        """Raises PolicyError if there are any, with the first MAX_PROBLEMS of them, in the order of the file."""
-        lines = [self._line(*where, problem) for where, problem in sorted(self._problems.items())]
-        if more := lines[MAX_PROBLEMS:]:
-            lines[MAX_PROBLEMS:] = [f"{self._path}: and {len(more)} more"]
-        if lines:
+        """Raises PolicyError if there are any."""
+        if lines := self.problems:
             raise PolicyError("\n".join(lines))
+
+    @property
+    def warnings(self) -> list[str]:
+        return self._lines(self._warnings)
+
+    def names(self, section: str) -> set[str]:
+        """The keys of a mapping that stands at the top, whatever is under them."""
+        found = self.data.get(section) if isinstance(self.data, dict) else None
+        return set(found) if isinstance(found, dict) else set()
+
+    def _place(self, loc: Loc) -> Place:
+        return self._places.get(loc) or self._places.get((*loc[:-1], KEY), _START)
 
     def _note(self, place: Place, loc: Loc, problem: str) -> None:
         self._problems.setdefault((place, _dotted(loc)), problem)
+
+    def _lines(self, found: _Found) -> list[str]:
+        lines = [self._line(*where, problem) for where, problem in sorted(found.items())]
+        if more := lines[MAX_PROBLEMS:]:
+            lines[MAX_PROBLEMS:] = [f"{self._path}: and {len(more)} more"]
+        return lines
 
     def _line(self, place: Place, where: str, problem: str) -> str:
         return ": ".join(filter(None, (f"{self._path}:{place[0]}:{place[1]}", where, problem)))

@@ -4,9 +4,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from guard.errors import ConfigError, NotFound, PolicyError
+from guard.policy.calibration import Calibration
 from guard.policy.compile import Policy, compile_policy
 from guard.policy.document import printable
-from guard.policy.read import did_you_mean, read_policy
+from guard.policy.messages import did_you_mean
+from guard.policy.read import read_policy
+
+_NOT_POLICIES = ("_test.yaml", "_include.yaml")
 
 
 class PolicyStore:
@@ -22,24 +26,18 @@ class PolicyStore:
             )
 
     @classmethod
-    def load(cls, directory: Path, default: str = "default") -> "PolicyStore":
-        """Reads every policy file of a directory: NAME.yaml, but neither hidden files nor the tests, NAME_test.yaml.
+    def load(cls, directory: Path, default: str = "default", calibration: Calibration | None = None) -> "PolicyStore":
+        """Reads every policy file of a directory, see `policy_files`, for the model of that calibration.
 
         Raises PolicyError with the problems of all files, and ConfigError where there is no directory, no policy or no
         default policy.
         """
-        try:
-            paths = sorted(path for path in directory.iterdir() if _is_policy(path.name))
-        except OSError as error:
-            raise ConfigError(f"{directory}: cannot be read: {error.strerror}") from None
-        if not paths:
-            raise ConfigError(f"{directory}: expected policies (*.yaml), found none")
-        policies, problems = [], []
-        for path in paths:
+        policies, problems = [], dict[str, None]()  # what several policies include is wrong once
+        for path in policy_files(directory):
             try:
-                policies.append(load_policy(path))
+                policies.append(load_policy(path, calibration))
             except PolicyError as error:
-                problems.append(str(error))
+                problems |= dict.fromkeys(str(error).split("\n"))
         if problems:
             raise PolicyError("\n".join(problems))
         return cls(policies, default)
@@ -52,11 +50,25 @@ class PolicyStore:
         return policy
 
 
-def load_policy(path: Path) -> Policy:
+def policy_files(directory: Path) -> list[Path]:
+    """The policies of a directory: NAME.yaml, but no hidden files, NAME_test.yaml and NAME_include.yaml.
+
+    Raises ConfigError where there is no directory or no policy.
+    """
+    try:
+        paths = sorted(path for path in directory.iterdir() if _is_policy(path.name))
+    except OSError as error:
+        raise ConfigError(f"{directory}: cannot be read: {error.strerror}") from None
+    if not paths:
+        raise ConfigError(f"{directory}: expected policies (*.yaml), found none")
+    return paths
+
+
+def load_policy(path: Path, calibration: Calibration | None = None) -> Policy:
     """One policy, named as its file is. Raises PolicyError with every problem in it."""
-    return compile_policy(path.stem, read_policy(path))
+    return compile_policy(path.stem, read_policy(path, calibration).spec, calibration)
 
 
 def _is_policy(name: str) -> bool:
     """Also of a name that no policy may have: better refused than passed over."""
-    return name.endswith((".yaml", ".yml")) and not name.endswith("_test.yaml") and not name.startswith(".")
+    return name.endswith((".yaml", ".yml")) and not name.endswith(_NOT_POLICIES) and not name.startswith(".")

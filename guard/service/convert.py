@@ -3,7 +3,7 @@
 from guard.errors import InputError
 from guard.policy.compile import Policy
 from guard.policy.store import PolicyStore
-from guard.types import HAZARDS, Action, Conversation, Coverage, Decision, ModelInfo, Role, Scores, Turn, Verdict
+from guard.types import HAZARDS, Action, Conversation, Coverage, Decision, ModelInfo, Reply, Role, Scores, Turn, Verdict
 from guard.v1 import moderation_pb2 as pb
 
 _ROLES = {
@@ -16,6 +16,7 @@ _ROLES_ON_WIRE = {role: value for value, role in _ROLES.items()}
 _ACTIONS_ON_WIRE = {
     Action.ALLOW: pb.ACTION_ALLOW,
     Action.FLAG: pb.ACTION_FLAG,
+    Action.REDIRECT: pb.ACTION_REDIRECT,
     Action.BLOCK: pb.ACTION_BLOCK,
 }
 _ROLE_NAMES = ", ".join(pb.Role.Name(value) for value in _ROLES)
@@ -80,13 +81,20 @@ def _from_verdict(verdict: Verdict, detail: pb.ScoreDetail.ValueType) -> pb.Verd
                 score=violation.score,
                 threshold=violation.threshold,
                 margin=violation.margin,
+                rule=violation.rule,
             )
             for violation in verdict.violations
         ],
         scores=_from_scores(verdict.scores, detail),
         coverage=_from_coverage(verdict.coverage),
         degraded=verdict.degraded,
+        reply=_from_reply(verdict.reply),
+        shadow=verdict.shadow,
     )
+
+
+def _from_reply(reply: Reply | None) -> pb.Reply | None:
+    return None if reply is None else pb.Reply(name=reply.name, text=reply.text)
 
 
 def _from_scores(scores: Scores | None, detail: pb.ScoreDetail.ValueType) -> pb.Scores | None:
@@ -152,9 +160,21 @@ def from_policy(policy: Policy) -> pb.Policy:
                 thresholds=[
                     pb.Threshold(role=_ROLES_ON_WIRE[role], action=_ACTIONS_ON_WIRE[action], score=score)
                     for role, steps in category.thresholds.items()
-                    for action, score in steps
+                    for action, score, _ in steps
                 ],
+                definition=category.definition,
+                scoring=category.scoring if category.hazards else "unsafe",
             )
             for category in policy.categories
         ],
+        rules=[
+            pb.Rule(
+                name=rule.name,
+                category=rule.category,
+                roles=sorted(_ROLES_ON_WIRE[role] for role in rule.roles),
+                action=_ACTIONS_ON_WIRE[rule.action],
+            )
+            for rule in policy.rules
+        ],
+        shadow=policy.shadow,
     )

@@ -2,13 +2,14 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from typing import Any, Protocol, TypeVar
 
 import grpc
 
 from guard.errors import InputError, Loading
+from guard.policy.decide import NO_METADATA
 from guard.policy.store import PolicyStore
 from guard.service import convert
 from guard.service.status import reason_of, to_item_error
@@ -36,6 +37,7 @@ class Judge(Protocol):
         policy: str = "",
         lane: Lane = Lane.INTERACTIVE,
         deadline: float | None = None,
+        metadata: Mapping[str, str] = NO_METADATA,
     ) -> Decision: ...
 
     async def drain(self) -> None: ...
@@ -98,7 +100,9 @@ class Moderation(ModerationServicer):
         self, request: pb.CheckRequest | pb.CheckConversationRequest, lane: Lane, deadline: float | None
     ) -> Decision:
         conversation = convert.to_conversation(request, self._settings.max_turns)
-        decision = await self._judge().judge(conversation, policy=request.policy, lane=lane, deadline=deadline)
+        decision = await self._judge().judge(
+            conversation, policy=request.policy, lane=lane, deadline=deadline, metadata=request.metadata
+        )
         self._telemetry.metrics.decided(decision)
         return decision
 

@@ -50,15 +50,21 @@ class _ActionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Action.ValueTy
     ACTION_UNSPECIFIED: _Action.ValueType  # 0
     ACTION_ALLOW: _Action.ValueType  # 1
     ACTION_FLAG: _Action.ValueType  # 2
+    """The turn passes, but is worth a look."""
     ACTION_BLOCK: _Action.ValueType  # 3
+    ACTION_REDIRECT: _Action.ValueType  # 4
+    """The turn does not pass, and the verdict's reply is to be shown in its place, e.g. the number of a crisis line."""
 
 class Action(_Action, metaclass=_ActionEnumTypeWrapper):
-    """What a policy says about a turn, from mild to strict."""
+    """What a policy says about a turn; from mild to strict: allow, flag, redirect, block."""
 
 ACTION_UNSPECIFIED: Action.ValueType  # 0
 ACTION_ALLOW: Action.ValueType  # 1
 ACTION_FLAG: Action.ValueType  # 2
+"""The turn passes, but is worth a look."""
 ACTION_BLOCK: Action.ValueType  # 3
+ACTION_REDIRECT: Action.ValueType  # 4
+"""The turn does not pass, and the verdict's reply is to be shown in its place, e.g. the number of a crisis line."""
 Global___Action: _TypeAlias = Action  # noqa: Y015
 
 class _ScoreDetail:
@@ -400,14 +406,20 @@ class Verdict(_message.Message):
     SCORES_FIELD_NUMBER: _builtins.int
     COVERAGE_FIELD_NUMBER: _builtins.int
     DEGRADED_FIELD_NUMBER: _builtins.int
+    REPLY_FIELD_NUMBER: _builtins.int
+    SHADOW_FIELD_NUMBER: _builtins.int
     turn: _builtins.int
     """Index of the judged turn in the request."""
     action: Global___Action.ValueType
     degraded: _builtins.bool
-    """The model could not answer: the policy's on_error gave the action, and there are no scores."""
+    """The model could not answer: the policy's on_error or a stricter rule gave the action, and there are no scores."""
+    shadow: _builtins.bool
+    """The policy is in shadow: the action is ACTION_ALLOW, whatever the violations say."""
     @_builtins.property
     def violations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Violation]:
-        """The categories whose score reached a threshold, strictest action first, then largest margin first."""
+        """The categories whose score reached a threshold and the rules that matched; strictest action first, then rules, then
+        largest margin first.
+        """
 
     @_builtins.property
     def scores(self) -> Global___Scores:
@@ -415,6 +427,10 @@ class Verdict(_message.Message):
 
     @_builtins.property
     def coverage(self) -> Global___Coverage: ...
+    @_builtins.property
+    def reply(self) -> Global___Reply:
+        """Of ACTION_REDIRECT alone."""
+
     def __init__(
         self,
         *,
@@ -424,14 +440,41 @@ class Verdict(_message.Message):
         scores: Global___Scores | None = ...,
         coverage: Global___Coverage | None = ...,
         degraded: _builtins.bool = ...,
+        reply: Global___Reply | None = ...,
+        shadow: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["coverage", b"coverage", "scores", b"scores"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["coverage", b"coverage", "reply", b"reply", "scores", b"scores"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "coverage", b"coverage", "degraded", b"degraded", "scores", b"scores", "turn", b"turn", "violations", b"violations"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "coverage", b"coverage", "degraded", b"degraded", "reply", b"reply", "scores", b"scores", "shadow", b"shadow", "turn", b"turn", "violations", b"violations"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Verdict: _TypeAlias = Verdict  # noqa: Y015
+
+@_typing.final
+class Reply(_message.Message):
+    """What a policy has shown in place of a redirected turn."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Its name in the policy, e.g. "crisis-line"."""
+    text: _builtins.str
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        text: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Reply: _TypeAlias = Reply  # noqa: Y015
 
 @_typing.final
 class Violation(_message.Message):
@@ -442,16 +485,19 @@ class Violation(_message.Message):
     SCORE_FIELD_NUMBER: _builtins.int
     THRESHOLD_FIELD_NUMBER: _builtins.int
     MARGIN_FIELD_NUMBER: _builtins.int
+    RULE_FIELD_NUMBER: _builtins.int
     category: _builtins.str
-    """A category of the policy."""
+    """A category of the policy; of a rule the one that it counts as, or empty."""
     action: Global___Action.ValueType
-    """The strictest action whose threshold was reached."""
+    """The strictest action whose threshold was reached, or the rule's."""
     score: _builtins.float
-    """Calibrated probability, 0 to 1."""
+    """The category's score, 0 to 1; 0 of a rule."""
     threshold: _builtins.float
-    """The threshold of `action`, 0 to 1."""
+    """The threshold of `action`, 0 to 1; 0 of a rule."""
     margin: _builtins.float
-    """score - threshold, 0 to 1."""
+    """score - threshold, 0 to 1; 0 of a rule."""
+    rule: _builtins.str
+    """The rule that matched; empty where a score reached its threshold."""
     def __init__(
         self,
         *,
@@ -460,10 +506,11 @@ class Violation(_message.Message):
         score: _builtins.float = ...,
         threshold: _builtins.float = ...,
         margin: _builtins.float = ...,
+        rule: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "category", b"category", "margin", b"margin", "score", b"score", "threshold", b"threshold"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "category", b"category", "margin", b"margin", "rule", b"rule", "score", b"score", "threshold", b"threshold"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -774,12 +821,20 @@ class Policy(_message.Message):
     REVISION_FIELD_NUMBER: _builtins.int
     DESCRIPTION_FIELD_NUMBER: _builtins.int
     CATEGORIES_FIELD_NUMBER: _builtins.int
+    RULES_FIELD_NUMBER: _builtins.int
+    SHADOW_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     revision: _builtins.str
     """Hash of the content, in hex."""
     description: _builtins.str
+    shadow: _builtins.bool
+    """Turns are judged and violations told, but the action is always ACTION_ALLOW."""
     @_builtins.property
     def categories(self) -> _containers.RepeatedCompositeFieldContainer[Global___Category]:
+        """In the order they are written."""
+
+    @_builtins.property
+    def rules(self) -> _containers.RepeatedCompositeFieldContainer[Global___Rule]:
         """In the order they are written."""
 
     def __init__(
@@ -789,10 +844,12 @@ class Policy(_message.Message):
         revision: _builtins.str = ...,
         description: _builtins.str = ...,
         categories: _abc.Iterable[Global___Category] | None = ...,
+        rules: _abc.Iterable[Global___Rule] | None = ...,
+        shadow: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["categories", b"categories", "description", b"description", "name", b"name", "revision", b"revision"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["categories", b"categories", "description", b"description", "name", b"name", "revision", b"revision", "rules", b"rules", "shadow", b"shadow"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -806,14 +863,21 @@ class Category(_message.Message):
     TITLE_FIELD_NUMBER: _builtins.int
     HAZARDS_FIELD_NUMBER: _builtins.int
     THRESHOLDS_FIELD_NUMBER: _builtins.int
+    DEFINITION_FIELD_NUMBER: _builtins.int
+    SCORING_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     title: _builtins.str
+    definition: _builtins.str
+    scoring: _builtins.str
+    """How the hazards make its score: "max", "weighted", "any" or "unsafe"."""
     @_builtins.property
     def hazards(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Hazard codes whose highest score is the category's score; empty where the overall `unsafe` score is used."""
+        """The hazards that feed it; empty where the overall `unsafe` score is used."""
 
     @_builtins.property
-    def thresholds(self) -> _containers.RepeatedCompositeFieldContainer[Global___Threshold]: ...
+    def thresholds(self) -> _containers.RepeatedCompositeFieldContainer[Global___Threshold]:
+        """Of requests without metadata."""
+
     def __init__(
         self,
         *,
@@ -821,14 +885,48 @@ class Category(_message.Message):
         title: _builtins.str = ...,
         hazards: _abc.Iterable[_builtins.str] | None = ...,
         thresholds: _abc.Iterable[Global___Threshold] | None = ...,
+        definition: _builtins.str = ...,
+        scoring: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["hazards", b"hazards", "name", b"name", "thresholds", b"thresholds", "title", b"title"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["definition", b"definition", "hazards", b"hazards", "name", b"name", "scoring", b"scoring", "thresholds", b"thresholds", "title", b"title"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Category: _TypeAlias = Category  # noqa: Y015
+
+@_typing.final
+class Rule(_message.Message):
+    """What is looked for in the text of a turn itself."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    CATEGORY_FIELD_NUMBER: _builtins.int
+    ROLES_FIELD_NUMBER: _builtins.int
+    ACTION_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    category: _builtins.str
+    """The category that a match counts as, or empty."""
+    action: Global___Action.ValueType
+    @_builtins.property
+    def roles(self) -> _containers.RepeatedScalarFieldContainer[Global___Role.ValueType]: ...
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        category: _builtins.str = ...,
+        roles: _abc.Iterable[Global___Role.ValueType] | None = ...,
+        action: Global___Action.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "category", b"category", "name", b"name", "roles", b"roles"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Rule: _TypeAlias = Rule  # noqa: Y015
 
 @_typing.final
 class Threshold(_message.Message):

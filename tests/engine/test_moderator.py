@@ -14,8 +14,9 @@ from guard.engine.moderator import Classifier, Moderator
 from guard.errors import ConfigError, InputError, NotFound
 from guard.model.chat import ChatTokenizer
 from guard.model.normalise import undisguise
-from guard.policy.compile import Category, Policy
+from guard.policy.compile import Category, Policy, compile_policy
 from guard.policy.decide import decide
+from guard.policy.schema import PolicySpec
 from guard.policy.store import PolicyStore
 from guard.settings import Settings
 from guard.telemetry import Telemetry
@@ -82,7 +83,7 @@ def undisguised(said: tuple[Turn, ...]) -> tuple[Turn, ...]:
 
 @contextmanager
 def moderator(model: Classifier, max_queue_seconds: float = 3600) -> Iterator[Moderator]:
-    policies = PolicyStore([POLICY, LENIENT, PARTIAL], "default")
+    policies = PolicyStore([POLICY, LENIENT, PARTIAL, RULED], "default")
     telemetry = Telemetry.start("critical")
     made = Moderator(model, policies, telemetry, max_batch_tokens=64, max_queue_seconds=max_queue_seconds)
     try:
@@ -185,6 +186,55 @@ async def test_the_view_of_a_disguised_text_is_not_refused_for_the_text_itself()
     """However short the queue may be."""
     with moderator(CausalModel(), max_queue_seconds=1e-9) as made:
         assert (await made.judge(Conversation((Turn(Role.USER, "bоmb"),), 0))).verdicts[0].scores
+
+
+RULED = compile_policy(
+    "ruled",
+    PolicySpec.model_validate(
+        {
+            "description": "Looks for a word.",
+            "history": 1,
+            "on_error": {"user": "allow"},
+            "rules": {"bombs": {"terms": ("bomb",), "roles": ("user",), "action": "block"}},
+            "categories": {"any": {"title": "Any", "score": "unsafe", "thresholds": {"agent": {"block": 1.0}}}},
+            "overlays": ({"when": {"app": "kids"}, "thresholds": {"any": {"agent": {"flag": 0.0}}}},),
+        }
+    ),
+)
+
+
+async def test_rules_read_the_judged_turn_in_either_view() -> None:
+    """Also where it is disguised and where the model fails; what was said in other turns is not looked at."""
+    said = (Turn(Role.USER, "A bоmb."), Turn(Role.USER, "Hi!"), Turn(Role.AGENT, "bomb"), Turn(Role.USER, "b o m b"))
+    with moderator(model := CausalModel()) as made:
+        decision = await made.judge(Conversation(said, None), policy="ruled")
+        model.fails = True
+        degraded = await made.judge(Conversation(said, None), policy="ruled")
+    found = [[violation.rule for violation in verdict.violations] for verdict in decision.verdicts]
+    assert found == [["bombs"], [], [], ["bombs"]]
+    assert [verdict.action for verdict in degraded.verdicts] == [Action.BLOCK, Action.ALLOW, Action.BLOCK, Action.BLOCK]
+    assert all(verdict.degraded for verdict in degraded.verdicts)
+
+
+@pytest.mark.parametrize("target", [None, 5])
+async def test_a_policy_limits_the_history(target: int | None) -> None:
+    """Each turn is scored with as many turns before it as the policy has for context, and keeps its place."""
+    with moderator(CausalModel()) as made:
+        decision = await made.judge(Conversation(SAID, target), policy="ruled")
+        for verdict in decision.verdicts:
+            short = SAID[max(0, verdict.turn - 1) : verdict.turn + 1]
+            (alone,) = (await made.judge(Conversation(short, len(short) - 1))).verdicts
+            assert (verdict.scores, verdict.coverage) == (alone.scores, alone.coverage)
+    assert [verdict.turn for verdict in decision.verdicts] == (list(range(len(SAID))) if target is None else [target])
+
+
+async def test_metadata_chooses_overlays() -> None:
+    """One policy judges the requests of one app otherwise."""
+    with moderator(CausalModel()) as made:
+        conversation = Conversation((Turn(Role.AGENT, "Hi!"),), 0)
+        plain = await made.judge(conversation, policy="ruled")
+        kids = await made.judge(conversation, policy="ruled", metadata={"app": "kids"})
+    assert (plain.verdicts[0].action, kids.verdicts[0].action) == (Action.ALLOW, Action.FLAG)
 
 
 async def test_a_decision_says_what_was_in_force_and_has_a_name_of_its_own() -> None:

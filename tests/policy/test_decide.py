@@ -1,14 +1,20 @@
 """The laws of a verdict: what scores and a policy must give, whatever they are."""
 
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import get_args
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from guard.policy.compile import Policy, compile_policy
+from guard.policy.compile import Category, Policy, compile_policy
 from guard.policy.decide import decide, decide_without_scores
-from guard.policy.schema import PolicySpec
-from guard.types import HAZARDS, Action, Role, Scores, Violation
+from guard.policy.schema import PolicySpec, Scoring
+from guard.policy.store import load_policy
+from guard.types import HAZARDS, Action, Coverage, Reply, Role, Scores, Verdict, Violation
+from tests.policy.files import CALIBRATION, WHOLE, write
 
 # Few values, so that scores often equal thresholds and each other.
 probabilities = st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0]) | st.floats(0, 1)
@@ -70,10 +76,10 @@ def test_the_action_is_the_strictest_violation(policy: Policy, role: Role, score
     named = {violation.category: violation for violation in violations}
     for category in policy.categories:
         score = max((scores.hazards[code] for code in category.hazards), default=scores.unsafe)
-        reached = [step for step in category.thresholds.get(role, ()) if score >= step[1]]
+        reached = [step for step in category.thresholds.get(role, ()) if score >= step.score]
         found = named.pop(category.name, None)
         assert (found is None) == (not reached)
-        assert found is None or (found.score == score and (found.action, found.threshold) == max(reached))
+        assert found is None or (found.score == score and (found.action, found.threshold) == max(reached)[:2])
     assert not named
 
 
@@ -98,7 +104,7 @@ def test_lower_thresholds_are_never_milder(policy: Policy, role: Role, scores: S
         replace(
             category,
             thresholds={
-                role: tuple((action, score * share) for action, score in steps)
+                role: tuple(step._replace(score=step.score * share) for step in steps)
                 for role, steps in category.thresholds.items()
             },
         )
@@ -115,9 +121,102 @@ def test_without_scores_the_policy_answers_by_role() -> None:
         "categories": {"any": {"title": "Any", "score": "unsafe", "thresholds": {"user": {"flag": 0.5}}}},
     }
     failing = compile_policy("p", PolicySpec.model_validate(spec))
-    assert {role: decide_without_scores(failing, role) for role in Role} == {
+    assert {role: decide_without_scores(failing, role)[0] for role in Role} == {
         Role.USER: Action.BLOCK,
         Role.AGENT: Action.BLOCK,
         Role.SYSTEM: Action.ALLOW,
         Role.TOOL: Action.BLOCK,
     }
+
+
+def whole(directory: Path, **changes: str) -> Policy:
+    """The policy that uses the whole language, with some lines exchanged."""
+    text = WHOLE
+    for old, new in changes.items():
+        text = text.replace(f"{old}: enforce", f"{old}: {new}")
+    return load_policy(write(directory, text), CALIBRATION)
+
+
+def scored(**hazards: float) -> Scores:
+    return Scores(0.0, {**dict.fromkeys(HAZARDS, 0.0), **hazards})
+
+
+def test_scores_are_weighed_as_the_category_says(tmp_path: Path) -> None:
+    """weighted: the sum, at most 1. any: one of them, were they independent."""
+    categories = {category.name: category for category in whole(tmp_path).categories}
+    assert categories["leaks"].score(scored(S7=0.5, S8=0.25)) == 0.5
+    assert categories["leaks"].score(scored(S7=1.0, S8=1.0)) == 1.0
+    assert categories["hate"].score(scored(S10=0.5, X1=0.5)) == 0.75
+    assert categories["crime"].score(scored(S1=0.5, S2=0.25)) == 0.5
+
+
+def test_a_redirect_names_its_reply(tmp_path: Path) -> None:
+    """The reply is that of the first violation of the strictest action; a blocked turn has none."""
+    policy = whole(tmp_path)
+    action, violations = decide(policy, Role.USER, scored(S11=0.3, S10=0.5))
+    assert (action, violations[0].category, violations[0].reply) == (
+        Action.REDIRECT,
+        "self-harm",
+        Reply("crisis-line", "You are not alone. Call 988."),
+    )
+    assert [violation.category for violation in violations] == ["self-harm", "hate"]
+    assert Verdict(0, action, violations, None, Coverage(1, 1)).reply == violations[0].reply
+    action, violations = decide(policy, Role.USER, scored(S11=0.3, S10=0.95))
+    assert (action, Verdict(0, action, violations, None, Coverage(1, 1)).reply) == (Action.BLOCK, None)
+
+
+def test_a_rule_stands_before_scores(tmp_path: Path) -> None:
+    """It counts for its roles alone, as the category that it names or as none, and also where the model failed."""
+    policy = whole(tmp_path)
+    hits = {"secrets", "card-number"}
+    action, violations = decide(policy, Role.AGENT, scored(S7=1.0), hits)
+    assert action is Action.BLOCK
+    assert [(violation.rule, violation.category) for violation in violations] == [
+        ("secrets", "leaks"),
+        ("", "leaks"),
+        ("card-number", ""),
+    ]
+    assert decide(policy, Role.TOOL, scored(), hits) == (Action.ALLOW, ())
+    action, violations = decide_without_scores(policy, Role.AGENT, {"card-number"})
+    assert (action, violations[0].rule) == (Action.BLOCK, "card-number")
+    assert decide_without_scores(policy, Role.SYSTEM, hits) == (Action.ALLOW, ())
+
+
+@pytest.mark.parametrize(
+    ("metadata", "role", "action"),
+    [
+        ({}, Role.USER, Action.ALLOW),
+        ({"app": "adults"}, Role.USER, Action.ALLOW),
+        ({"app": "kids"}, Role.USER, Action.BLOCK),
+        ({"app": "kids", "tenant": "other", "more": "x"}, Role.USER, Action.BLOCK),
+        ({"app": "kids", "tenant": "acme"}, Role.USER, Action.ALLOW),
+        ({"app": "kids", "tenant": "acme"}, Role.TOOL, Action.FLAG),
+        ({"tenant": "acme"}, Role.TOOL, Action.ALLOW),
+    ],
+)
+def test_overlays_stand_in_place_of_thresholds(
+    tmp_path: Path, metadata: dict[str, str], role: Role, action: Action
+) -> None:
+    """Where all that they ask for is in the metadata; of several, the later one."""
+    low = {Role.USER: 0.25, Role.TOOL: 0.5}[role]
+    assert decide(whole(tmp_path), role, scored(S10=low), (), metadata)[0] is action
+
+
+@given(roles, scores, st.sets(st.sampled_from(["secrets", "card-number"])))
+@settings(max_examples=20)
+def test_shadow_tells_the_same_and_allows_all(role: Role, scores: Scores, hits: set[str]) -> None:
+    """With and without scores: the violations are those of the policy in force, the action is ALLOW."""
+    with TemporaryDirectory() as directory:
+        enforced, shadow = (whole(Path(directory), mode=mode) for mode in ("enforce", "shadow"))
+    assert shadow.revision != enforced.revision
+    assert decide(shadow, role, scores, hits) == (Action.ALLOW, decide(enforced, role, scores, hits)[1])
+    assert decide_without_scores(shadow, role, hits)[0] is Action.ALLOW
+
+
+@given(scores, st.sampled_from(sorted(HAZARDS)), probabilities)
+def test_every_way_to_score_is_monotone(scores: Scores, raised: str, score: float) -> None:
+    """A higher score of a hazard never lowers that of a category."""
+    higher = replace(scores, hazards={**scores.hazards, raised: max(scores.hazards[raised], score)})
+    for scoring in get_args(Scoring):
+        category = Category("c", "C", ("S1", "S2", raised), {}, "", scoring, (0.5, 0.3, 0.4))
+        assert 0 <= category.score(scores) <= category.score(higher) <= 1

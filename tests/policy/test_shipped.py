@@ -21,7 +21,7 @@ STEPS = sorted(
         for policy in STORE.policies
         for category in policy.categories
         for steps in category.thresholds.values()
-        for _, score in steps
+        for _, score, _ in steps
     }
 )
 probabilities = st.just(0.0) | st.sampled_from(STEPS) | st.floats(0, 1)
@@ -57,8 +57,8 @@ def test_each_score_alone_is_judged_in_order_of_strictness(role: Role) -> None:
     for step in STEPS:
         for scores in single(step):
             assert_in_order(role, scores)
-    assert decide_without_scores(STRICT, role) >= decide_without_scores(DEFAULT, role)
-    assert decide_without_scores(DEFAULT, role) >= decide_without_scores(PERMISSIVE, role)
+    assert decide_without_scores(STRICT, role)[0] >= decide_without_scores(DEFAULT, role)[0]
+    assert decide_without_scores(DEFAULT, role)[0] >= decide_without_scores(PERMISSIVE, role)[0]
 
 
 @given(st.sampled_from(Role), scores)
