@@ -1,7 +1,7 @@
 """The command line: one file a command, each of which imports what it needs when it is run.
 
 Exit codes   0  done; of checks: allowed or flagged
-             1  of checks: blocked
+             1  of checks: blocked or redirected; of tests of policies: some failed
              2  the request, a file or a setting is wrong
              3  no answer: the server is not there, is overloaded or is stopping, or the model failed
 """
@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from guard.cli import client
+from guard.cli import client, policy
 from guard.cli.calibrate import calibrate, quantize
 from guard.cli.check import check
 from guard.cli.evaluate import evaluate
@@ -24,7 +24,7 @@ from guard.errors import GuardError, Unanswered
 app = typer.Typer(
     name="guard",
     help="Safety moderation of conversations.",
-    epilog="Exit codes: 0 done (allowed or flagged), 1 blocked, 2 something given is wrong, 3 no answer.",
+    epilog="Exit codes: 0 done (allowed or flagged), 1 not allowed, 2 something given is wrong, 3 no answer.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -33,6 +33,7 @@ app = typer.Typer(
 app.command()(serve)
 app.command()(check)
 app.add_typer(client.app)
+app.add_typer(policy.app)
 app.command()(train)
 app.command()(distill)
 app.command()(evaluate)

@@ -58,7 +58,8 @@ class Category:
             case "weighted":
                 return min(1.0, sum(weight * score for weight, score in zip(self.weights, found, strict=True)))
             case "any":
-                return 1.0 - math.prod(1.0 - score for score in found)
+                either = 1.0 - math.prod(1.0 - score for score in found)
+                return max(either, *found)  # which rounding may put below a score that stands alone
             case _:
                 return max(found)
 

@@ -16,7 +16,8 @@ def did_you_mean(word: str, known: Collection[str]) -> str:
 def one_of(known: Collection[str], value: Any) -> str:
     """The message about a value that is none of those known."""
     suggestion = did_you_mean(value, known) if isinstance(value, str) else ""
-    return f"expected one of {', '.join(known)}, found {found(value)}{suggestion}"
+    expected = f"one of {', '.join(known)}" if known else "nothing"
+    return f"expected {expected}, found {found(value)}{suggestion}"
 
 
 def found(value: Any) -> str:

@@ -7,13 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from guard.model.normalise import undisguise
 from guard.policy.compile import Policy
 from guard.policy.decide import decide, decide_without_scores
-from guard.policy.store import PolicyStore
+from guard.policy.store import PolicyStore, policy_files
+from guard.policy.testing import files_of, policy_of, run
 from guard.types import HAZARDS, Action, Role, Scores
 
-STORE = PolicyStore.load(Path(__file__).parents[2] / "policies")
-DEFAULT, PERMISSIVE, STRICT = STORE.policies
+POLICIES = Path(__file__).parents[2] / "policies"
+STORE = PolicyStore.load(POLICIES)
+GENERAL = DEFAULT, PERMISSIVE, STRICT = tuple(STORE.get(name) for name in ("default", "permissive", "strict"))
 # Scores just where some policy changes its mind, and anywhere else.
 STEPS = sorted(
     {
@@ -41,11 +44,18 @@ def assert_in_order(role: Role, scores: Scores) -> None:
 
 
 def test_each_policy_has_every_hazard() -> None:
-    """The three policies have the same categories, every hazard feeds one of them, and the overall score another."""
-    assert [policy.name for policy in STORE.policies] == ["default", "permissive", "strict"]
+    """In every policy each hazard feeds a category, and the overall score another; general ones have the same."""
+    assert [policy.name for policy in STORE.policies] == [
+        "children",
+        "default",
+        "developer-assistant",
+        "permissive",
+        "strict",
+    ]
     for policy in STORE.policies:
         assert {code for category in policy.categories for code in category.hazards} == set(HAZARDS)
         assert [category.name for category in policy.categories if not category.hazards] == ["unsafe"]
+    for policy in GENERAL:
         assert [(category.name, category.title, category.hazards) for category in policy.categories] == [
             (category.name, category.title, category.hazards) for category in DEFAULT.categories
         ]
@@ -78,3 +88,18 @@ def test_certainty_is_acted_upon(policy: Policy) -> None:
         assert all(decide(policy, role, certain)[0] >= Action.FLAG for certain in single(1.0))
         assert decide(policy, role, Scores(0.0, {**harmless.hazards, "S9": 1.0}))[0] is Action.BLOCK
     assert decide(policy, Role.TOOL, Scores(0.0, {**harmless.hazards, "X3": 1.0}))[0] is Action.BLOCK
+
+
+@pytest.mark.parametrize("path", files_of(POLICIES), ids=lambda path: path.name)
+def test_shipped_policies_pass_their_own_tests(path: Path) -> None:
+    """There are at least thirty for each, none needs the model, and no category or rule is left untested."""
+    policy = STORE.get(path.name.removesuffix("_test.yaml"))
+    result = run(path, policy, lambda text: {text, undisguise(text)})
+    assert [(outcome.name, outcome.failures) for outcome in result.outcomes if outcome.failures] == []
+    assert len({outcome.name for outcome in result.outcomes}) == len(result.outcomes) >= 30
+    assert (result.skipped, result.untested) == (0, ())
+
+
+def test_every_shipped_policy_has_tests() -> None:
+    """A policy without tests is not shipped."""
+    assert [policy_of(path) for path in files_of(POLICIES)] == policy_files(POLICIES)
