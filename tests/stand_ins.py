@@ -55,6 +55,7 @@ class WordJudge:
         self.running = 0
         self.lanes: list[Lane] = []
         self.deadlines: list[float | None] = []
+        self.metadata: list[Mapping[str, str]] = []
         self.closed = False
         self._draining = False
         self._ids = itertools.count(1)
@@ -72,6 +73,7 @@ class WordJudge:
             raise Draining
         self.lanes.append(lane)
         self.deadlines.append(deadline)
+        self.metadata.append(dict(metadata))
         chosen = self.policies.get(policy)
         self.running += 1
         try:

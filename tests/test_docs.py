@@ -7,11 +7,16 @@ from pathlib import Path
 import typer
 
 from guard.cli import app
-from guard.policy.store import load_policy
+from guard.model.normalise import undisguise
+from guard.policy.calibration import Calibration
+from guard.policy.read import read_policy
+from guard.policy.store import load_policy, policy_files
+from guard.policy.testing import files_of, policy_of, run
 from guard.settings import Settings
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+GUIDE = (ROOT / "docs" / "policy.md").read_text(encoding="utf-8")
 CODE = [block or inline for block, inline in re.findall(r"```console\n(.*?)```|`([^`\n]+)`", README, re.DOTALL)]
 
 
@@ -37,7 +42,7 @@ def typed(pattern: str) -> Iterator[str]:
 
 def test_documented_commands_exist() -> None:
     """Every `guard …` command of the README is one."""
-    names = set(typed(r"(?:^|\s|/)(guard (?:client )?[a-z]+)\b(?! &&)"))
+    names = set(typed(r"(?:^|\s|/)(guard (?:client |policy )?[a-z]+)\b(?! &&)"))
     assert {"guard serve", "guard client check"} <= names
     assert names - commands().keys() == set()
 
@@ -76,3 +81,35 @@ def test_linked_files_exist() -> None:
     links = re.findall(r"\]\((?!https?:)([^)]+)\)", README)
     assert links
     assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def examples() -> dict[str, str]:
+    """The files of docs/policy.md by their names."""
+    blocks = re.findall(r"```yaml\n(.*?)```", GUIDE, re.DOTALL)
+    named = [re.search(r"^# ([a-z_]+\.yaml)$", block, re.MULTILINE) for block in blocks]
+    return {name[1]: block for name, block in zip(named, blocks, strict=True) if name}
+
+
+def test_every_example_of_the_policy_guide_works(tmp_path: Path) -> None:
+    """Each is a policy without problems and without warnings, a part of one, or tests that pass."""
+    files = examples()
+    assert len(files) == GUIDE.count("```yaml") > 10
+    for name, content in files.items():
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    calibration = Calibration.read(Settings().model)
+    for path in policy_files(tmp_path):
+        assert read_policy(path, calibration).warnings == ()
+        assert load_policy(path, calibration).name == path.stem
+    (tests,) = files_of(tmp_path)
+    result = run(tests, load_policy(policy_of(tests), calibration), lambda text: {text, undisguise(text)})
+    assert (len(result.outcomes), result.failed, result.skipped, result.untested) == (5, 0, 1, ())
+
+
+def test_commands_of_the_policy_guide_exist() -> None:
+    """With the options that it names."""
+    known = commands()
+    shown = set(re.findall(r"guard policy [a-z]+", GUIDE))
+    assert {"guard policy lint", "guard policy test"} <= shown
+    assert shown <= known.keys()
+    options = set(re.findall(r"(?<!-)--[a-z][a-z-]+", GUIDE))
+    assert options <= set().union(*known.values())

@@ -19,6 +19,10 @@ _SYMBOLS = "\u2190-\u2bff\U0001f000-\U0001faff"  # so is an arrow, a sign, an em
 _INDIC = "\u0900-\u0963\u0966-\u0dff"  # whose vowels are marks within a word
 _POINTS = "\u0591-\u05c7\u0610-\u061a\u064b-\u065f\u0670"  # of Hebrew and Arabic letters, mostly left out
 _WORD = re.compile(rf"[{_UNSPACED}{_SYMBOLS}]|(?:[^\W_{_UNSPACED}]|[{_INDIC}{_POINTS}\u0300-\u036f])+")
+# The same in two steps, each many times as fast.
+_ALONE = re.compile(rf"[{_UNSPACED}{_SYMBOLS}]")
+_RUN = re.compile(rf"[\w{_INDIC}{_POINTS}{_SYMBOLS}\u0300-\u036f]+")
+_ASCII_RUN = re.compile("[0-9a-z]+")
 # Accents of Latin and Greek letters; the marks of other scripts make other letters.
 _MARKS = re.compile(rf"(?<=[a-zα-ω])[\u0300-\u036f]+|[{_POINTS}]")
 
@@ -47,8 +51,9 @@ class Rule:
 def words(text: str) -> tuple[str, ...]:
     """The words of a text, folded: compatibility forms, case and accents are told apart no more."""
     if text.isascii():
-        return tuple(_WORD.findall(text.lower()))
-    return tuple(map(_folded, _WORD.findall(_composed(text))))
+        return tuple(_ASCII_RUN.findall(text.lower()))
+    folded = _folded(_composed(text)).replace("_", " ")
+    return tuple(_RUN.findall(_ALONE.sub(r" \g<0> ", folded)))
 
 
 def compile_pattern(pattern: str) -> "re2._Regexp[str]":
@@ -131,7 +136,7 @@ def _composed(text: str) -> str:
     return text if text.isascii() else unicodedata.normalize("NFKC", text)
 
 
-def _folded(word: str) -> str:
-    if word.isascii():
-        return word.lower()
-    return unicodedata.normalize("NFC", _MARKS.sub("", unicodedata.normalize("NFKD", word.casefold())))
+def _folded(text: str) -> str:
+    if text.isascii():
+        return text.lower()
+    return unicodedata.normalize("NFC", _MARKS.sub("", unicodedata.normalize("NFKD", text.casefold())))

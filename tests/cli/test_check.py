@@ -4,6 +4,7 @@ import json
 from asyncio import StreamReader
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 from tests.cli.command import guard, start
@@ -55,3 +56,20 @@ async def test_a_check_here_and_one_by_a_server_agree() -> None:
     for own, other, answer in ((here, there, "verdict"), (turns_here, turns_there, "verdicts")):
         assert json.loads(own.out)[answer] == json.loads(other.out)[answer]
         assert json.loads(own.out)["provenance"] == json.loads(other.out)["provenance"]
+
+
+async def test_a_redirect_shows_its_reply_and_does_not_pass(tmp_path: Path) -> None:
+    """A rule is told by its name, metadata chooses the overlay, and the exit code is that of what is blocked."""
+    (tmp_path / "default.yaml").write_text(
+        "description: Redirects.\nreplies: {keep-private: Keep it private.}\n"
+        "rules: {mail: {terms: [mail], roles: [user], action: redirect, reply: keep-private}}\n"
+        "categories: {any: {title: Any, score: unsafe, thresholds: {user: {block: 1}}}}\n"
+        "overlays: [{when: {app: kids}, thresholds: {any: {user: {flag: 0}}}}]\n"
+    )
+    request = json.dumps({"text": "My MAIL is here.", "metadata": {"app": "kids"}}).encode()
+    result = await guard("check", "--policies", tmp_path, stdin=request)
+    assert result.code == 1
+    lines = result.out.splitlines()
+    assert lines[:2] == ["redirect user turn", "keep-private: Keep it private."]
+    assert [line.split() for line in lines if "rule" in line] == [["rule", "mail", "redirect"]]
+    assert any(line.split()[:1] == ["any"] and line.split()[-1] == "flag" for line in lines)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from guard.errors import PolicyError
 from guard.policy.read import read_policy
+from tests.policy.files import CALIBRATION, WHOLE, write
 
 GOOD = """\
 description: For tests.
@@ -295,8 +296,8 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
 
 @st.composite
 def damaged(draw: st.DrawFn) -> str:
-    """The good file with some characters struck out and others put in, most of them with a meaning in YAML."""
-    text = GOOD
+    """A good file with some characters struck out and others put in, most of them with a meaning in YAML."""
+    text = draw(st.sampled_from([GOOD, WHOLE]))
     for _ in range(draw(st.integers(1, 4))):
         start = draw(st.integers(0, len(text)))
         cut = draw(st.integers(0, 12))
@@ -306,14 +307,15 @@ def damaged(draw: st.DrawFn) -> str:
 
 
 @given(content=st.one_of(damaged(), st.text(max_size=60), st.binary(max_size=60)))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=400, deadline=None)
 def test_any_file_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, content: str | bytes) -> None:
     """Whatever a file holds, it is a policy or a PolicyError, whose lines each name file, line and column."""
-    path = tmp_path_factory.getbasetemp() / "any.yaml"
+    directory = tmp_path_factory.getbasetemp()
+    path = write(directory).rename(directory / "any.yaml")
     path.write_bytes(content if isinstance(content, bytes) else content.encode(errors="surrogatepass"))
     try:
-        read_policy(path)
+        read_policy(path, CALIBRATION)
     except PolicyError as error:
         lines = str(error).split("\n")
-        assert all(line.startswith(f"{path}:") for line in lines)
-        assert all(int(number) >= 1 for line in lines for number in line.removeprefix(f"{path}:").split(":")[:2])
+        places = [line.removeprefix(f"{path}:").removeprefix(f"{directory}/crisis_include.yaml:") for line in lines]
+        assert all(int(number) >= 1 for place in places for number in place.split(":")[:2])

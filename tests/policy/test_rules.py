@@ -88,3 +88,10 @@ def test_folding_is_done_once(text: str) -> None:
     """The words of folded words are the same words."""
     assert words(" ".join(words(text))) == words(text)
     assert not any(re.search(r"\s", word) for word in words(text))
+
+
+@given((alphabet | st.text(max_size=20)).filter(words), alphabet, alphabet)
+def test_an_exception_around_all_of_a_match_voids_it(text: str, before: str, after: str) -> None:
+    """A pattern that matches a whole text, whatever it holds, is excepted by that text's own words."""
+    assert matches(f"{before} {text} {after}", text)
+    assert not matches(text, text, exceptions=(text,))

@@ -110,6 +110,15 @@ async def test_an_answer_carries_the_scores_asked_for(
     assert (verdict.scores if verdict.HasField("scores") else None) == scores
 
 
+async def test_metadata_reaches_the_policy(service: Service) -> None:
+    """Of one turn, of a conversation and of a bulk request alike."""
+    request = pb.CheckRequest(turns=[HI], metadata={"app": "kids"})
+    await service.client.check(request)
+    await service.client.check_conversation([HI], metadata={"tenant": "acme"})
+    assert [answer async for answer in service.client.check_many([pb.CheckManyRequest(id="1", request=request)])]
+    assert service.judge.metadata == [{"app": "kids"}, {"tenant": "acme"}, {"app": "kids"}]
+
+
 async def test_a_model_that_cannot_answer_gives_a_degraded_verdict(service: Service) -> None:
     """The action is that of on_error, there are no scores, and the answer says why."""
     verdict = (await service.client.check([("user", "broken")])).verdict
