@@ -1,6 +1,6 @@
 """Training in one process or, under torchrun, in several, each of which computes a share of the rows of every step.
 
-    torchrun --no-python --nproc-per-node 4 guard train …
+torchrun --no-python --nproc-per-node 4 guard train …
 """
 
 import os
