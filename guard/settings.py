@@ -12,6 +12,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     DirectoryPath,
+    Field,
     FilePath,
     NonNegativeFloat,
     NonNegativeInt,
@@ -95,6 +96,17 @@ class Settings(BaseModel):
     """Requests a second that each client may make in the long run; 0 sets no limit."""
     client_burst: PositiveInt = 100
     """Requests that a client may make at once after a pause."""
+
+    decision_log: Path | None = None
+    """File that gets a JSON line for every verdict, without its text; - is standard output."""
+    decision_log_salt: FilePath | None = None
+    """File whose content salts the hashes in the decision log; without it those of each start are salted anew."""
+    decision_log_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the decisions that the decision log gets."""
+    decision_log_bytes: PositiveInt = 100 * 2**20
+    """Size from which on a file of the decision log is rotated."""
+    decision_log_files: PositiveInt = 10
+    """Rotated files of the decision log that are kept, FILE.1 being the newest."""
 
     drain_seconds: PositiveFloat = 20.0
     """How long a stopping server waits for calls to end."""

@@ -56,6 +56,12 @@ class Metrics:
         self.batch_requests = histogram("batch_requests", "Requests of one pass.", buckets=_POWERS_OF_TWO)
         self.batch_tokens = histogram("batch_tokens", "Tokens of one pass.", buckets=_POWERS_OF_TWO)
         self.model_failures = counter("model_failures", "Passes of the model that failed.")
+        self.decision_log_written = counter("decision_log_written", "Verdicts that the decision log holds.")
+        self.decision_log_dropped = counter(
+            "decision_log_dropped",
+            "Verdicts that the decision log should hold and does not, by reason: full, failed or stopped.",
+            "reason",
+        )
 
     def decided(self, decision: Decision) -> None:
         """Counts one decision: its verdicts, their violations, and where its time went."""

@@ -103,7 +103,10 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Calibrated probabilities: that a turn is unsafe at all, and for each hazard code."""
+    """Calibrated probabilities: that a turn is unsafe at all, and for each hazard code.
+
+    Those of a verdict are numbers of float32, so that what the wire and the decision log carry is what was judged.
+    """
 
     unsafe: float
     hazards: Mapping[str, float]
@@ -143,6 +146,7 @@ class Verdict:
 
     `scores` is None where the model could not answer; the verdict is then `degraded`, and the action is that of
     on_error, or of a stricter rule. Under a policy in `shadow` the action is ALLOW, whatever the violations say.
+    `hits` are the policy's rules that match the turn's text, also those that are not for its role.
     """
 
     turn: int
@@ -152,6 +156,7 @@ class Verdict:
     coverage: Coverage
     degraded: bool = False
     shadow: bool = False
+    hits: frozenset[str] = frozenset()
 
     @property
     def reply(self) -> Reply | None:

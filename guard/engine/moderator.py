@@ -3,6 +3,7 @@
 import asyncio
 import time
 import uuid
+from array import array
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -204,12 +205,14 @@ def model_thread() -> ThreadPoolExecutor:
 
 
 def _highest(readings: Sequence[Scores | None]) -> Scores | None:
-    """The highest of each score; None where a reading has none."""
+    """The highest of each score, rounded to float32; None where a reading has none."""
     scores = [own for own in readings if own is not None]
     if len(scores) < len(readings):
         return None
-    hazards = {code: max(own.hazards[code] for own in scores) for code in scores[0].hazards}
-    return Scores(max(own.unsafe for own in scores), hazards)
+    codes = scores[0].hazards
+    highest = [max(own.unsafe for own in scores), *(max(own.hazards[code] for own in scores) for code in codes)]
+    unsafe, *hazards = array("f", highest)
+    return Scores(unsafe, dict(zip(codes, hazards, strict=True)))
 
 
 def _verdict(
@@ -224,7 +227,7 @@ def _verdict(
         judged = decide_without_scores(policy, role, hits)
     else:
         judged = decide(policy, role, scores, hits, metadata)
-    return Verdict(span.turn, *judged, scores, span.coverage, degraded=scores is None, shadow=policy.shadow)
+    return Verdict(span.turn, *judged, scores, span.coverage, degraded=scores is None, shadow=policy.shadow, hits=hits)
 
 
 def _warm_up(classifier: Classifier, max_batch_tokens: int) -> float:

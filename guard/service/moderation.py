@@ -12,6 +12,7 @@ from guard.errors import InputError, Loading
 from guard.policy.decide import NO_METADATA
 from guard.policy.store import PolicyStore
 from guard.service import convert
+from guard.service.decision_log import DecisionLog
 from guard.service.status import reason_of, to_item_error
 from guard.settings import Settings
 from guard.telemetry import Telemetry
@@ -48,9 +49,10 @@ class Judge(Protocol):
 class Moderation(ModerationServicer):
     """Answers with Loading until `judge` is set."""
 
-    def __init__(self, settings: Settings, telemetry: Telemetry) -> None:
+    def __init__(self, settings: Settings, telemetry: Telemetry, decisions: DecisionLog | None = None) -> None:
         self._settings = settings
         self._telemetry = telemetry
+        self._decisions = decisions
         self.judge: Judge | None = None
 
     async def Check(self, request: pb.CheckRequest, context: _Context) -> pb.CheckResponse:
@@ -100,10 +102,14 @@ class Moderation(ModerationServicer):
         self, request: pb.CheckRequest | pb.CheckConversationRequest, lane: Lane, deadline: float | None
     ) -> Decision:
         conversation = convert.to_conversation(request, self._settings.max_turns)
-        decision = await self._judge().judge(
+        judge = self._judge()
+        policies = judge.policies  # those in force as the request comes, whatever is in force when it is answered
+        decision = await judge.judge(
             conversation, policy=request.policy, lane=lane, deadline=deadline, metadata=request.metadata
         )
         self._telemetry.metrics.decided(decision)
+        if self._decisions is not None:
+            self._decisions.add(decision, conversation, request.conversation_id, request.metadata, policies)
         return decision
 
     def _judge(self) -> Judge:

@@ -15,6 +15,7 @@ from grpc_reflection.v1alpha import reflection
 
 from guard.errors import ConfigError
 from guard.service.access import RateLimit, Tokens
+from guard.service.decision_log import DecisionLog
 from guard.service.http import make_app
 from guard.service.interceptors import Calls
 from guard.service.moderation import Judge, Moderation
@@ -43,9 +44,10 @@ class Server:
         self._settings = settings
         self._log = telemetry.log
         self._load = load
-        self._moderation = Moderation(settings, telemetry)
         tokens = Tokens(settings.tokens_file, telemetry.log) if settings.tokens_file else None
         limit = RateLimit(settings.client_rate, settings.client_burst) if settings.client_rate else None
+        self._decisions = DecisionLog(settings.decision_log, settings, telemetry) if settings.decision_log else None
+        self._moderation = Moderation(settings, telemetry, self._decisions)
         self._calls = Calls(telemetry, tokens, limit)
         self._health = health.aio.HealthServicer()
         self._serving = False
@@ -123,6 +125,8 @@ class Server:
         self._calls.end_watches()
         await self._grpc.stop(_LAST_WORDS)
         await self._http.cleanup()
+        if self._decisions is not None:
+            await asyncio.to_thread(self._decisions.close)
         if judge is not None:
             judge.close()
         self._log.info("stopped")

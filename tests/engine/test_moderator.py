@@ -1,11 +1,12 @@
 """From a conversation to a decision: with a small stand-in for the model, and with the embedded one where it counts."""
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
 from zlib import crc32
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -73,8 +74,13 @@ def scores_after(ids: Sequence[int]) -> Scores:
 
 
 def highest(readings: Sequence[Scores]) -> Scores:
-    hazards = {code: max(scores.hazards[code] for scores in readings) for code in CausalModel.info.hazards}
-    return Scores(max(scores.unsafe for scores in readings), hazards)
+    """As numbers of float32, as verdicts have them."""
+    hazards = {code: _float32(scores.hazards[code] for scores in readings) for code in CausalModel.info.hazards}
+    return Scores(_float32(scores.unsafe for scores in readings), hazards)
+
+
+def _float32(readings: Iterable[float]) -> float:
+    return float(np.float32(max(readings)))
 
 
 def undisguised(said: tuple[Turn, ...]) -> tuple[Turn, ...]:
