@@ -26,6 +26,7 @@ OWNERS = {
     "transformers": {"model", "training"},
     "grpc": {"v1", "client", "service", "cli"},
     "ruamel": {"policy", "training"},
+    "duckdb": {"policy", "audit"},
 }
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 

@@ -1,7 +1,7 @@
 """The command line: one file a command, each of which imports what it needs when it is run.
 
 Exit codes   0  done; of checks: allowed or flagged
-             1  of checks: blocked or redirected; of tests of policies: some failed
+             1  of checks: blocked or redirected; of tests of policies: some failed; of a replay: not as it was logged
              2  the request, a file or a setting is wrong
              3  no answer: the server is not there, is overloaded or is stopping, or the model failed
 """
@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from guard.cli import client, policy
+from guard.cli import client, policy, replay
 from guard.cli.calibrate import calibrate, quantize
 from guard.cli.check import check
 from guard.cli.evaluate import evaluate
@@ -33,6 +33,8 @@ app = typer.Typer(
 app.command()(serve)
 app.command()(check)
 app.add_typer(client.app)
+policy.app.command()(replay.replay)
+policy.app.command()(replay.diff)
 app.add_typer(policy.app)
 app.command()(train)
 app.command()(distill)

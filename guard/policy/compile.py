@@ -56,7 +56,10 @@ class Category:
         found = [scores.hazards[code] for code in self.hazards]
         match self.scoring:
             case "weighted":
-                return min(1.0, sum(weight * score for weight, score in zip(self.weights, found, strict=True)))
+                total = 0.0  # not sum(), which rounds otherwise from Python 3.12 on: a replay must give the same
+                for weight, score in zip(self.weights, found, strict=True):
+                    total += weight * score
+                return min(1.0, total)
             case "any":
                 either = 1.0 - math.prod(1.0 - score for score in found)
                 return max(either, *found)  # which rounding may put below a score that stands alone
