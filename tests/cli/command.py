@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 import sys
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Mapping
@@ -27,8 +28,19 @@ async def start(
     *arguments: str | bytes | Path, stderr: int = PIPE, environment: Mapping[str, str] = MappingProxyType({})
 ) -> Process:
     return await asyncio.create_subprocess_exec(
-        _GUARD, *arguments, stdin=PIPE, stdout=PIPE, stderr=stderr, env={**_ENVIRONMENT, **environment}
+        _GUARD,
+        *arguments,
+        stdin=PIPE,
+        stdout=PIPE,
+        stderr=stderr,
+        env={**_ENVIRONMENT, **environment},
+        preexec_fn=_heed_interrupts,
     )
+
+
+def _heed_interrupts() -> None:
+    """What a shell starts in the background ignores Ctrl-C, and so would what that starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 async def guard(*arguments: str | bytes | Path, stdin: bytes = b"", **environment: str) -> Result:
