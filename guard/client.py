@@ -177,11 +177,8 @@ class Client:
                 asked.remove(response.id)
                 yield response
         except grpc.RpcError as error:
-            unanswered = asked.close()
-            for id in unanswered:
-                yield pb.CheckManyResponse(id=id, error=_item_error(error))
-            if unanswered or not asked.all_taken:
-                raise _error(error) from error
+            for response in asked.broken_off(error):
+                yield response
         finally:
             call.cancel()
             sending.cancel()
@@ -275,11 +272,8 @@ class SyncClient:
                 asked.remove(response.id)
                 yield response
         except grpc.RpcError as error:
-            unanswered = asked.close()
-            for id in unanswered:
-                yield pb.CheckManyResponse(id=id, error=_item_error(error))
-            if unanswered or not asked.all_taken:
-                raise _error(error) from error
+            for response in asked.broken_off(error):
+                yield response
         finally:
             call.cancel()
         if asked.failure is not None:
@@ -337,11 +331,15 @@ class _Asked:
             if not self._ids[id]:
                 del self._ids[id]
 
-    def close(self) -> list[str]:
-        """The ids that have no answer, and will have none."""
+    def broken_off(self, error: grpc.RpcError) -> Iterator[pb.CheckManyResponse]:
+        """An answer that says so to each request that has none, and will have none; then the error, if it cost any."""
         with self._lock:
             self._is_closed = True
-            return list(self._ids.elements())
+            unanswered = list(self._ids.elements())
+        for id in unanswered:
+            yield pb.CheckManyResponse(id=id, error=_item_error(error))
+        if unanswered or not self.all_taken:
+            raise _error(error) from error
 
 
 def _open(api: Any, target: str, tls: Tls | None, retries: bool) -> Any:

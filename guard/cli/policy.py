@@ -45,12 +45,12 @@ def lint(
     """
     from guard.policy.read import read_policy
 
-    calibration = _calibration(model)
+    measured = calibration(model)
     problems, warnings = dict[str, None](), dict[str, None]()  # what several policies include is told once
     policies = _policies(paths)
     for path in policies:
         try:
-            warnings |= dict.fromkeys(read_policy(path, calibration).warnings)
+            warnings |= dict.fromkeys(read_policy(path, measured).warnings)
         except PolicyError as error:
             problems |= dict.fromkeys(str(error).splitlines())
     for line in warnings:
@@ -70,15 +70,15 @@ def show(policy: Named, model: Model = None) -> None:
     """
     from guard.cli import render
 
-    calibration = _calibration(model)
-    served = _load(policy, calibration)
+    measured = calibration(model)
+    served = load(policy, measured)
     console = render.terminal()
     mode = "shadow" if served.shadow else "enforce"
     history = "all" if served.history is None else f"{served.history} turns"
     console.print(
         f"{served.name} {served.revision}. {served.description}\nmode {mode}, history {history}", soft_wrap=True
     )
-    console.print(_thresholds(served, calibration))
+    console.print(_thresholds(served, measured))
     if served.rules:
         table = render.columns("rule", "roles", "action", "counts as", "looks for")
         for rule in served.rules:
@@ -120,11 +120,11 @@ def run_tests(
     files = [file for path in paths for file in testing.files_of(path)]
     if not files:
         raise ConfigError(f"{paths[0]}: expected tests (*_test.yaml), found none")
-    calibration = _calibration(model)
+    measured = calibration(model)
     results, problems = [], dict[str, None]()
     for file in files:
         try:
-            served = load_policy(testing.policy_of(file), calibration)
+            served = load_policy(testing.policy_of(file), measured)
             with _scorer(served, model) if with_model else _nothing() as scorer:
                 results.append(testing.run(file, served, _views, scorer))
         except PolicyError as error:
@@ -163,7 +163,7 @@ def explain(
     from guard.policy.explain import explain
     from guard.types import Role
 
-    served = _load(policy, _calibration(model))
+    served = load(policy, calibration(model))
     given, matched = _scores(served, scores)
     pairs = [pair.partition("=") for pair in metadata]
     if wrong := [key for key, equals, _ in pairs if not equals]:
@@ -191,7 +191,8 @@ def explain(
             console.print(f"{what}: {needs}", soft_wrap=True)
 
 
-def _calibration(model: Path | None) -> "Calibration":
+def calibration(model: Path | None) -> "Calibration":
+    """What was measured on that model, or on the embedded one."""
     from guard.policy.calibration import Calibration
     from guard.settings import Settings
 
@@ -204,18 +205,18 @@ def _policies(paths: Iterable[Path]) -> list[Path]:
     return [file for path in paths for file in (policy_files(path) if path.is_dir() else [path])]
 
 
-def _load(policy: str, calibration: "Calibration") -> "Policy":
+def load(policy: str, measured: "Calibration") -> "Policy":
     """A file, or else one of the policies that come with Guard."""
     from guard.policy.messages import did_you_mean
     from guard.policy.store import load_policy, policy_files
     from guard.settings import Settings
 
     if Path(policy).suffix:
-        return load_policy(Path(policy), calibration)
+        return load_policy(Path(policy), measured)
     shipped = {path.stem: path for path in policy_files(Settings().policies)}
     if policy not in shipped:
         raise InputError("policy", f"no shipped policy is named '{policy}'{did_you_mean(policy, shipped)}")
-    return load_policy(shipped[policy], calibration)
+    return load_policy(shipped[policy], measured)
 
 
 def _views(text: str) -> set[str]:
@@ -225,7 +226,7 @@ def _views(text: str) -> set[str]:
     return {text, undisguise(text)}
 
 
-def _thresholds(policy: "Policy", calibration: "Calibration") -> object:
+def _thresholds(policy: "Policy", measured: "Calibration") -> object:
     from guard.cli import render
 
     table = render.columns("category", "role", "action", "from", "FPR (95 %)", "recall (95 %)", "fed by")
@@ -242,7 +243,7 @@ def _thresholds(policy: "Policy", calibration: "Calibration") -> object:
             for step in reversed(steps):
                 heads = category.hazards or ("unsafe",)
                 known = category.scoring in ("max", "unsafe")
-                effect = calibration.effect(role, heads, step.score) if known else None
+                effect = measured.effect(role, heads, step.score) if known else None
                 action = _said(step.action, step.reply)
                 table.add_row(name + suffix, role, action, f"{step.score:.4g}", *_measured(effect), fed)
             if not steps:

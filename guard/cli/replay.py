@@ -9,19 +9,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from guard.cli.policy import Model, Named, calibration, load
 from guard.errors import ConfigError
 
 if TYPE_CHECKING:
-    from guard.policy.compile import Policy
     from guard.policy.replay import Report
 
 Log = Annotated[list[Path], typer.Option("--on", metavar="LOG", help="A decision log; more of them may follow.")]
 More = Annotated[list[Path] | None, typer.Argument(metavar="[LOG]...", show_default=False)]
 Only = Annotated[
     str, typer.Option("--policy", metavar="NAME", help="Only what a policy of this name judged.", show_default=False)
-]
-Model = Annotated[
-    Path | None, typer.Option(help="Directory of the model that targets such as max_fpr are for.", show_default=False)
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
 Html = Annotated[
@@ -51,7 +48,7 @@ td.ids {{ font: 12px monospace; color: #666; overflow-wrap: anywhere; }}
 
 
 def replay(
-    policy: Annotated[Path, typer.Argument(help="The file of a policy.")],
+    policy: Named,
     on: Log,
     more: More = None,
     only: Only = "",
@@ -65,7 +62,7 @@ def replay(
     from guard.policy.replay import replay
 
     logs = [*on, *(more or ())]
-    served = _load(policy, model)
+    served = load(policy, calibration(model))
     with _progress(logs) as done:
         report = replay(served, logs, only, done)
     summary = (
@@ -79,8 +76,8 @@ def replay(
 
 
 def diff(
-    old: Annotated[Path, typer.Argument(help="The file of a policy.")],
-    new: Annotated[Path, typer.Argument(help="The file of another one.")],
+    old: Named,
+    new: Named,
     on: Log,
     more: More = None,
     only: Only = "",
@@ -96,7 +93,8 @@ def diff(
     from guard.policy.replay import diff
 
     logs = [*on, *(more or ())]
-    before, after = _load(old, model), _load(new, model)
+    measured = calibration(model)
+    before, after = load(old, measured), load(new, measured)
     with _progress(logs) as done:
         report = diff(before, after, logs, only, done)
     flipped = sum(found.count for change, found in report.changes.items() if change.about == "verdict")
@@ -110,14 +108,6 @@ def diff(
         except OSError as error:
             raise ConfigError(f"{page}: cannot be written: {error.strerror}") from None
     _print(summary, report, as_json)
-
-
-def _load(path: Path, model: Path | None) -> "Policy":
-    from guard.policy.calibration import Calibration
-    from guard.policy.store import load_policy
-    from guard.settings import Settings
-
-    return load_policy(path, Calibration.read(model or Settings().model))
 
 
 def _progress(logs: list[Path]) -> AbstractContextManager[Callable[[], None]]:

@@ -105,9 +105,9 @@ def _report(old: Policy | None, new: Policy, logs: Sequence[Path], only: str, do
     report = Report()
     seen_pairs: set[tuple[str, str]] = set()
     for path in logs:
-        batch = _read(path, policies, only)
+        batch = _read(path, policies, only, violations=old is None)
         after = judge(new, batch.columns)
-        before = batch.verdicts if old is None else judge(old, batch.columns)
+        before = judge(old, batch.columns) if old else batch.verdicts
         _compare(report, batch, before, after)
         if old is None:
             report.same += int(batch.same.sum())
@@ -163,8 +163,11 @@ def _notes(old: Policy | None, new: Policy, seen: set[tuple[str, str]]) -> Itera
         yield f"no logged request has {key}: {value}; of metadata a log holds what policies in force ask for"
 
 
-def _read(path: Path, policies: Sequence[Policy], only: str) -> _Logged:
-    """The verdicts of a file with all that the policies look at; the last of them is the one that judges again."""
+def _read(path: Path, policies: Sequence[Policy], only: str, *, violations: bool) -> _Logged:
+    """The verdicts of a file with all that the policies look at; the last of them is the one that judges again.
+
+    Logged `violations` are most of the work, and left out unless they are asked for.
+    """
     try:
         import duckdb
     except ModuleNotFoundError:
@@ -173,14 +176,16 @@ def _read(path: Path, policies: Sequence[Policy], only: str) -> _Logged:
         raise ConfigError(f"{path}: there is no such file")
     with duckdb.connect() as database:
         try:
-            return _query(database, path, policies, only)
+            return _query(database, path, policies, only, violations)
         except duckdb.Error as error:
             line = re.search(r"\bline (\d+)", str(error))
             about = f", at about line {line[1]}" if line else ""
             raise ConfigError(f"{path}: is no decision log{about}") from None
 
 
-def _query(database: "DuckDBPyConnection", path: Path, policies: Sequence[Policy], only: str) -> _Logged:
+def _query(
+    database: "DuckDBPyConnection", path: Path, policies: Sequence[Policy], only: str, violations: bool
+) -> _Logged:
     heads = sorted({code for policy in policies for category in policy.categories for code in category.hazards})
     rules = sorted({rule.name for policy in policies for rule in policy.rules})
     pairs = sorted({pair for policy in policies for overlay in policy.overlays for pair in overlay.when})
@@ -191,7 +196,7 @@ def _query(database: "DuckDBPyConnection", path: Path, policies: Sequence[Policy
         "turn",
         f"list_position({_list(ROLES)}, role) - 1 AS role",
         f"list_position({_list(_ACTIONS)}, action) - 1 AS action",
-        "violations",
+        *(["violations"] if violations else []),
         "coalesce(policy.revision = $revision, false) AS same",
         "scores IS NOT NULL AS scored",
         "scores.unsafe AS s",
@@ -208,7 +213,7 @@ def _query(database: "DuckDBPyConnection", path: Path, policies: Sequence[Policy
         "read_json($path, columns = $columns, format = 'newline_delimited') WHERE $only = '' OR policy.name = $only",
         given,
     )
-    numbers = database.execute("SELECT * EXCLUDE (violations) FROM log ORDER BY rowid").fetchnumpy()
+    numbers = database.execute(f"SELECT * {'EXCLUDE (violations)' * violations} FROM log ORDER BY rowid").fetchnumpy()
     scored = _whole(path, "verdicts", numbers["scored"])
     roles = _whole(path, "roles", numbers["role"]).astype(np.int8)
     _whole(path, "ids", numbers["id"])
@@ -221,7 +226,10 @@ def _query(database: "DuckDBPyConnection", path: Path, policies: Sequence[Policy
         numbers["turn"],
         numbers["same"],
         Columns(roles, scored, scores, hits, metadata),
-        Judged(_whole(path, "actions", numbers["action"]).astype(np.int8), _violations(database, len(roles))),
+        Judged(
+            _whole(path, "actions", numbers["action"]).astype(np.int8),
+            _violations(database, len(roles)) if violations else {},
+        ),
     )
 
 
