@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
@@ -25,6 +26,12 @@ from tests.stand_ins import WordJudge
 if TYPE_CHECKING:
     from guard.engine.moderator import Classifier
     from guard.v1.moderation_pb2_grpc import ModerationAsyncStub
+
+
+# A shell has what it starts in the background ignore Ctrl-C, which whatever that starts inherits. Not so the commands
+# that tests send it to.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import signal
 import sys
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Mapping
@@ -34,13 +33,7 @@ async def start(
         stdout=PIPE,
         stderr=stderr,
         env={**_ENVIRONMENT, **environment},
-        preexec_fn=_heed_interrupts,
     )
-
-
-def _heed_interrupts() -> None:
-    """What a shell starts in the background ignores Ctrl-C, and so would what that starts."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 async def guard(*arguments: str | bytes | Path, stdin: bytes = b"", **environment: str) -> Result:
