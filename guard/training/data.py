@@ -53,10 +53,11 @@ class Recipe(_Strict):
     `validation` is the share of groups held out of each source, `validation_rows` the most of them, of either label,
     that are used; a share `augmented` of the others is changed in ways that keep the label. The model is the base's
     first `blocks` blocks, of which the first `frozen_blocks` stay as they are; it is trained in float32 with products
-    in `precision`. A step reads `tokens_per_step` tokens, packed into rows of one of the `lengths`. The learning rate
-    rises over `warmup_steps` and falls over the last `decay`, a share, of the `steps`; in each block it is
-    `block_decay` times that of the block above. `hazard_loss` is the weight of the loss of all hazards beside that of
-    `unsafe`.
+    in `precision`, of numbers `rounded` to int8 where it is to be served so. A run that goes on from another recipe's
+    takes a `first_epoch` that has not been, for another order. A step reads `tokens_per_step` tokens, packed into rows
+    of one of the `lengths`. The learning rate rises over `warmup_steps` and falls over the last `decay`, a share, of
+    the `steps`; in each block it is `block_decay` times that of the block above. `hazard_loss` is the weight of the
+    loss of all hazards beside that of `unsafe`.
     """
 
     seed: int
@@ -67,6 +68,8 @@ class Recipe(_Strict):
     blocks: Annotated[int, Field(ge=1)]
     frozen_blocks: Annotated[int, Field(ge=0)]
     precision: Literal["bfloat16", "float32"]
+    rounded: bool = False
+    first_epoch: Annotated[int, Field(ge=0)] = 0
     tokens_per_step: Annotated[int, Field(ge=16)]
     lengths: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
     steps: Annotated[int, Field(ge=1)]

@@ -59,13 +59,38 @@ class Progress:
     seconds_left: float
 
 
+class _RoundedLinear(nn.Linear):
+    """Rounds its inputs and weights as a product of int8 does, by a scale for each row.
+
+    Gradients are those without rounding (the straight-through estimator: Bengio et al., arXiv:1308.3432).
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.linear(rounded(input), rounded(self.weight), self.bias)
+
+
+def rounded(x: Tensor) -> Tensor:
+    """Each row as the product of its scale and integers of -127..127; the gradient is that of `x`."""
+    exact = x.detach().float()
+    scale = exact.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127
+    return x + ((exact / scale).round() * scale - exact).to(x.dtype)
+
+
 class TurnModel(nn.Module):
     """A Llama and a linear head: logits of `unsafe` and each hazard, [rows, 1 + hazards], at one position of a row."""
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: LlamaConfig, *, rounded: bool = False) -> None:
+        """A `rounded` one computes as int8 would, so that training makes up for it."""
         super().__init__()
         config._attn_implementation = "sdpa"
         self.model = LlamaModel(config)
+        if rounded:
+            for block in self.model.layers:
+                for part in (block.self_attn, block.mlp):
+                    for name, layer in [*part.named_children()]:
+                        if isinstance(layer, nn.Linear):
+                            size = layer.in_features, layer.out_features
+                            setattr(part, name, _RoundedLinear(*size, bias=layer.bias is not None))
         self.score = nn.Linear(config.hidden_size, 1 + len(HAZARDS))
         nn.init.zeros_(self.score.weight)
         nn.init.constant_(self.score.bias, -3.0)  # most hazards are absent most of the time
@@ -232,7 +257,8 @@ def finetune(
     run = fingerprint(recipe, examples)
     steps = recipe.steps
     step = restore(model, optimizer, state, run) if state.exists() else 0
-    plan, number = epoch(examples, tokenizer, recipe, 0), 0
+    number = recipe.first_epoch
+    plan = epoch(examples, tokenizer, recipe, number)
     # A row counts the same in a batch of many short rows as in one of few long ones.
     usual = sum(example.weight for example in examples) / len(plan)
     model.train()
@@ -240,8 +266,8 @@ def finetune(
     losses: list[float] = []
     tokens, since = 0, time.monotonic()
     while step < steps:
-        if step // len(plan) != number:
-            number = step // len(plan)
+        if recipe.first_epoch + step // len(plan) != number:
+            number = recipe.first_epoch + step // len(plan)
             plan = epoch(examples, tokenizer, recipe, number)
         batch = plan[step % len(plan)].to(device)
         rate = learning_rate(step, recipe)

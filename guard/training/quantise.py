@@ -1,7 +1,7 @@
 """Makes a model fit for products of int8: evens out channels between activations and weights, and measures the rest."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -10,64 +10,82 @@ from torch import Tensor, nn
 
 from guard.training.data import Example
 from guard.training.evaluate import Floats, labels
-from guard.training.finetune import Batch, TurnModel
+from guard.training.finetune import Batch, TurnModel, rounded
 
 _LEAST = 1e-5
+_EVERY = 13  # of the tokens is enough to choose a strength
+_STRENGTHS = [tenths / 10 for tenths in range(11)]
 _MOST_AUPRC_LOST = 0.003
 _MOST_VERDICTS_CHANGED = 0.01
 
 
-def smoothed(model: TurnModel, batches: Iterable[Batch], strength: float) -> dict[str, Tensor]:
+def smoothed(model: TurnModel, batches: Iterable[Batch]) -> dict[str, Tensor]:
     """The model's tensors, such that it computes the same, but with channels of activations that differ less in size.
 
     A row of activations is rounded to int8 by one scale, which its largest channel decides. So what is large among the
     channels on `batches` is divided, and the columns of the weights that meet it are multiplied, by
-    max|activation|^strength / max|weight|^(1 - strength). The divisor goes into the norm, or the rows of the matrix,
-    that the channels come from. Source: SmoothQuant (Xiao et al. 2023), here with values and the gated product, too.
+    max|activation|^strength / max|weight|^(1 - strength), with the strength that leaves least of a product's error. The
+    divisor goes into the norm, or the rows of the matrix, that the channels come from.
+    Source: SmoothQuant (Xiao et al. 2023), here with values and the gated product, too, and a strength for each place.
     """
-    largest = _largest_inputs(model, batches)
+    inputs = _inputs(model, batches)
     tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     config = model.model.config
     kv_heads = config.num_key_value_heads or config.num_attention_heads
     dim = config.hidden_size // config.num_attention_heads
+
+    def shared(divisor: Tensor) -> Tensor:
+        """The query heads of a group read the same values."""
+        return divisor.view(kv_heads, -1, dim).amax(1, keepdim=True)
+
+    def whole(divisor: Tensor) -> Tensor:
+        return shared(divisor).expand(-1, config.num_attention_heads // kv_heads, -1).flatten()
+
     for layer in range(config.num_hidden_layers):
         block = f"model.layers.{layer}"
 
         def matrices(*names: str, block: str = block) -> list[Tensor]:
             return [tensors[f"{block}.{name}_proj.weight"] for name in names]
 
-        def divisor(name: str, weights: list[Tensor], block: str = block) -> Tensor:
-            columns = torch.stack([weight.abs().amax(0) for weight in weights]).amax(0).clamp_min(_LEAST)
-            inputs = largest[f"{block}.{name}_proj"].clamp_min(_LEAST)
-            return inputs**strength / columns ** (1 - strength)
-
         for norm, names in (
             ("input_layernorm", ("self_attn.q", "self_attn.k", "self_attn.v")),
             ("post_attention_layernorm", ("mlp.gate", "mlp.up")),
         ):
-            share = divisor(names[0], matrices(*names))
+            share = _divisor(inputs[f"{block}.{names[0]}_proj"], torch.cat(matrices(*names)))
             tensors[f"{block}.{norm}.weight"] /= share
             for weight in matrices(*names):
                 weight *= share
         down, up, out, value = matrices("mlp.down", "mlp.up", "self_attn.o", "self_attn.v")
-        share = divisor("mlp.down", [down])
+        share = _divisor(inputs[f"{block}.mlp.down_proj"], down)
         up /= share[:, None]
         down *= share
-        # The query heads of a group read the same values.
-        share = divisor("self_attn.o", [out]).view(kv_heads, -1, dim).amax(1, keepdim=True)
-        value /= share.flatten()[:, None]
-        out *= share.expand(-1, config.num_attention_heads // kv_heads, -1).flatten()
+        share = _divisor(inputs[f"{block}.self_attn.o_proj"], out, whole)
+        value /= shared(share).flatten()[:, None]
+        out *= share
     return tensors
 
 
-def _largest_inputs(model: TurnModel, batches: Iterable[Batch]) -> dict[str, Tensor]:
-    """The largest absolute value of each input channel of each linear layer, padding apart."""
-    largest: dict[str, Tensor] = defaultdict(lambda: torch.tensor(0.0))
+def _divisor(x: Tensor, weight: Tensor, tied: Callable[[Tensor], Tensor] = lambda divisor: divisor) -> Tensor:
+    """What to divide the channels of `x` [rows, in] by, before the product with `weight` [out, in]; [in]."""
+    rows, columns = (matrix.abs().amax(0).clamp_min(_LEAST) for matrix in (x, weight))
+    exact = x @ weight.T
+    size = exact.square().sum(1).clamp_min(_LEAST)
+
+    def error(divisor: Tensor) -> float:
+        found = rounded(x / divisor) @ rounded(weight * divisor).T
+        return float(((found - exact).square().sum(1) / size).mean())
+
+    return min((tied(rows**strength / columns ** (1 - strength)) for strength in _STRENGTHS), key=error)
+
+
+def _inputs(model: TurnModel, batches: Iterable[Batch]) -> dict[str, Tensor]:
+    """What each linear layer gets for some of the tokens, padding apart; [tokens, in]."""
+    found: dict[str, list[Tensor]] = defaultdict(list)
     real = torch.tensor([])
 
     def note(name: str) -> Any:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            largest[name] = torch.maximum(largest[name], inputs[0][real].float().abs().amax(0))
+            found[name].append(inputs[0][real][::_EVERY].float())
 
         return hook
 
@@ -84,7 +102,7 @@ def _largest_inputs(model: TurnModel, batches: Iterable[Batch]) -> dict[str, Ten
     finally:
         for hook in hooks:
             hook.remove()
-    return largest
+    return {name: torch.cat(rows) for name, rows in found.items()}
 
 
 def agreement(reference: Floats, scores: Floats, examples: Sequence[Example]) -> dict[str, float]:

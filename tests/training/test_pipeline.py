@@ -91,6 +91,18 @@ def test_a_resumed_run_equals_an_uninterrupted_one(here: Path) -> None:
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+def test_a_run_that_goes_on_from_another_takes_another_order(here: Path) -> None:
+    """The same rows give other batches from a later first epoch on, rounded or not."""
+    losses = []
+    for change in ({}, {"first_epoch": 1}, {"rounded": True}):
+        (here / "recipe.yaml").write_text(json.dumps(RECIPE | change))
+        losses.append([progress.loss for progress in run(here, f"trained-{len(losses)}", steps=10)])
+    plain, later, rounded = losses
+    assert later != pytest.approx(plain, rel=1e-4)
+    assert rounded != plain
+    assert rounded == pytest.approx(plain, rel=0.05)
+
+
 def test_a_run_is_not_resumed_on_other_rows(here: Path) -> None:
     """The state of a run is refused when the rows have changed in between."""
     run(here, "trained", steps=2)

@@ -6,12 +6,15 @@ import torch
 from transformers import LlamaConfig
 
 from guard.model.chat import ChatTokenizer
+from guard.training.calibrate import predict
 from guard.training.data import Example
 from guard.training.evaluate import HEADS
 from guard.training.finetune import TurnModel, batches
+from guard.training.pipeline import load_model, score
 from guard.training.quantise import acceptable, agreement, smoothed
 from guard.types import Conversation, Role, Turn
 from tests.training.tiny import write_base
+from tests.training.untrained import write_model
 
 
 def rows(count: int) -> list[Example]:
@@ -33,7 +36,7 @@ def test_smoothing_evens_out_channels_and_changes_no_logit(tmp_path: Path) -> No
     model.eval()
     plan = batches(rows(20), ChatTokenizer(tmp_path / "tokenizer.json", 64), [64], 256)
     even = TurnModel(model.model.config)
-    even.load_state_dict(smoothed(model, plan, 0.5))
+    even.load_state_dict(smoothed(model, plan))
     even.eval()
     with torch.inference_mode():
         for batch in plan:
@@ -41,6 +44,26 @@ def test_smoothing_evens_out_channels_and_changes_no_logit(tmp_path: Path) -> No
     for name in ("input_layernorm", "post_attention_layernorm"):
         weights = even.get_parameter(f"model.layers.0.{name}.weight").detach().abs()
         assert weights.max() < 30 * weights.median()
+
+
+def test_training_rounds_as_much_as_products_of_int8_do(tmp_path: Path) -> None:
+    """Rounding moves logits in training about as far as it does where they are served in int8."""
+    served = score(write_model(tmp_path), rows(40), "int8")
+    exact = load_model(tmp_path)
+    rounded = TurnModel(exact.model.config, rounded=True)
+    rounded.load_state_dict(exact.state_dict())
+    tokenizer = ChatTokenizer(tmp_path / "tokenizer.json", 64)
+    logits, moved = (predict(model, rows(40), tokenizer) for model in (exact, rounded))
+    assert 0.5 < np.std(moved - logits) / np.std(np.log(served / (1 - served)) - logits) < 2
+
+
+def test_rounding_lets_gradients_through(tmp_path: Path) -> None:
+    """Every weight that is trained has a gradient, though rounding is flat almost everywhere."""
+    model = TurnModel(LlamaConfig.from_pretrained(write_base(tmp_path)), rounded=True)
+    torch.nn.init.normal_(model.score.weight)
+    (batch, *_) = batches(rows(8), ChatTokenizer(tmp_path / "tokenizer.json", 64), [64], 256)
+    model(batch).sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.model.layers.parameters())
 
 
 @pytest.mark.parametrize(("moved", "allowed"), [(0, True), (2, True), (3, False)])
