@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,7 @@ UNSAFE = "unsafe"
 Bools = NDArray[np.bool_]
 Actions = NDArray[np.int8]
 Floats = NDArray[np.float64]
+Rows = NDArray[np.intp]
 Ground = tuple[str, str]
 """Category and rule of a violation: the rule is empty where a score reached its threshold."""
 
@@ -61,7 +63,8 @@ def judge(policy: Policy, turns: Columns) -> Judged:
     for rule in policy.rules:
         spoken = np.isin(turns.roles, [ROLES.index(role) for role in rule.roles])
         found[rule.category, rule.name].action[spoken & turns.hits[rule.name]] = rule.action
-    found |= {(category.name, ""): _by_score(policy, category, turns) for category in policy.categories}
+    scored = {role: np.flatnonzero(turns.scored & (turns.roles == number)) for number, role in enumerate(ROLES)}
+    found |= {(category.name, ""): _by_score(policy, category, turns, scored) for category in policy.categories}
     on_error = np.array([policy.on_error[role] for role in ROLES], np.int8)
     action = np.where(turns.scored, np.int8(Action.ALLOW), on_error[turns.roles])
     for one in found.values():
@@ -69,28 +72,27 @@ def judge(policy: Policy, turns: Columns) -> Judged:
     return Judged(np.zeros_like(action) if policy.shadow else action, found)
 
 
-def _by_score(policy: Policy, category: Category, turns: Columns) -> Found:
+def _by_score(policy: Policy, category: Category, turns: Columns, scored: Mapping[Role, Rows]) -> Found:
     found = Found.nothing(len(turns.roles))
     overlays = [overlay for overlay in reversed(policy.overlays) if category.name in overlay.thresholds]
     score = _score(category, turns.scores)
-    for number, role in enumerate(ROLES):
-        left = turns.scored & (turns.roles == number)
+    for role, rows in scored.items():
         for overlay in overlays:
             if role in overlay.thresholds[category.name]:
-                applies = np.logical_and.reduce([left, *(turns.metadata[pair] for pair in overlay.when)])
-                _reach(overlay.thresholds[category.name][role], score, applies, found)
-                left &= ~applies
-        _reach(category.thresholds.get(role, ()), score, left, found)
+                applies = np.logical_and.reduce([turns.metadata[pair][rows] for pair in overlay.when])
+                _reach(overlay.thresholds[category.name][role], score, rows[applies], found)
+                rows = rows[~applies]
+        _reach(category.thresholds.get(role, ()), score, rows, found)
     return found
 
 
-def _reach(thresholds: Sequence[Threshold], score: Floats, where: Bools, found: Found) -> None:
-    """Writes down the strictest action that is reached."""
+def _reach(thresholds: Sequence[Threshold], score: Floats, rows: Rows, found: Found) -> None:
+    """Writes down the strictest action that is reached; whatever reaches it reaches the milder ones."""
     for action, threshold, _ in reversed(thresholds):
-        reached = where & (score >= threshold)
-        found.action[reached] = action
-        found.score[reached] = score[reached]
-        found.threshold[reached] = threshold
+        rows = rows[score[rows] >= threshold]
+        found.action[rows] = action
+        found.score[rows] = score[rows]
+        found.threshold[rows] = threshold
 
 
 def _score(category: Category, scores: Mapping[str, Floats]) -> Floats:
@@ -98,7 +100,6 @@ def _score(category: Category, scores: Mapping[str, Floats]) -> Floats:
     if not category.hazards:
         return scores[UNSAFE]
     fed = [scores[code] for code in category.hazards]
-    highest: Floats = np.maximum.reduce(fed)
     match category.scoring:
         case "weighted":
             total = np.zeros_like(fed[0])
@@ -109,6 +110,10 @@ def _score(category: Category, scores: Mapping[str, Floats]) -> Floats:
             none = np.ones_like(fed[0])
             for score in fed:
                 none *= 1.0 - score
-            return np.maximum(1.0 - none, highest)
+            return np.maximum(1.0 - none, _highest(fed))
         case _:
-            return highest
+            return _highest(fed)
+
+
+def _highest(fed: Sequence[Floats]) -> Floats:
+    return reduce(np.maximum, fed)

@@ -3,6 +3,7 @@
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from guard.errors import ConfigError
-from guard.policy.columns import ROLES, UNSAFE, Bools, Columns, Found, Ground, Judged, judge
+from guard.policy.columns import ROLES, UNSAFE, Bools, Columns, Found, Ground, Judged, Rows, judge
 from guard.policy.compile import Policy
 from guard.types import Action
 
@@ -48,8 +49,7 @@ class Changed:
     count: int = 0
     ids: list[str] = field(default_factory=list)
 
-    def add(self, batch: "_Logged", where: Bools) -> None:
-        rows = np.flatnonzero(where)
+    def add(self, batch: "_Logged", rows: Rows) -> None:
         self.count += len(rows)
         self.ids += [f"{batch.ids[row]}/{batch.turns[row]}" for row in rows[: _SHOWN - len(self.ids)]]
 
@@ -106,12 +106,14 @@ def _report(old: Policy | None, new: Policy, logs: Sequence[Path], only: str, do
     seen_pairs: set[tuple[str, str]] = set()
     for path in logs:
         batch = _read(path, policies, only, violations=old is None)
-        after = judge(new, batch.columns)
-        before = judge(old, batch.columns) if old else batch.verdicts
+        with ThreadPoolExecutor(1) as thread:  # numpy lets the other one compute
+            judging = thread.submit(judge, new, batch.columns)
+            before = judge(old, batch.columns) if old else batch.verdicts
+            after = judging.result()
         _compare(report, batch, before, after)
         if old is None:
             report.same += int(batch.same.sum())
-            report.differing.add(batch, batch.same & _differ(before, after))
+            report.differing.add(batch, np.flatnonzero(batch.same & _differ(before, after)))
         seen_pairs |= {pair for pair, held in batch.columns.metadata.items() if held.any()}
         done()
     report.notes += _notes(old, new, seen_pairs)
@@ -125,15 +127,16 @@ def _compare(report: Report, batch: _Logged, before: Judged, after: Judged) -> N
         (_about(ground), before.found.get(ground, nothing).action, after.found.get(ground, nothing).action)
         for ground in sorted(before.found.keys() | after.found.keys())
     ]
-    for number, role in enumerate(ROLES):
-        if count := int((batch.columns.roles == number).sum()):
-            report.turns[role.value] += count
+    spoken = np.bincount(batch.columns.roles, minlength=len(ROLES))
+    report.turns += Counter({role.value: int(count) for role, count in zip(ROLES, spoken, strict=True)})
+    shape = len(ROLES), len(Action), len(Action)
     for about, was, becomes in pairs:
         differing = np.flatnonzero(was != becomes)
-        kinds = np.stack([batch.columns.roles[differing], was[differing], becomes[differing]])
-        for role, old, new in np.unique(kinds, axis=1).T:
-            where = (batch.columns.roles == role) & (was == old) & (becomes == new)
-            report.changes[Change(about, ROLES[role].value, _ACTIONS[old], _ACTIONS[new])].add(batch, where)
+        kinds = np.ravel_multi_index((batch.columns.roles[differing], was[differing], becomes[differing]), shape)
+        for kind in np.flatnonzero(np.bincount(kinds)):
+            role, old, new = np.unravel_index(kind, shape)
+            change = Change(about, ROLES[role].value, _ACTIONS[old], _ACTIONS[new])
+            report.changes[change].add(batch, differing[kinds == kind])
 
 
 def _about(ground: Ground) -> str:
@@ -213,7 +216,8 @@ def _query(
         "read_json($path, columns = $columns, format = 'newline_delimited') WHERE $only = '' OR policy.name = $only",
         given,
     )
-    numbers = database.execute(f"SELECT * {'EXCLUDE (violations)' * violations} FROM log ORDER BY rowid").fetchnumpy()
+    # In the order of the file, which duckdb keeps unless it is told not to.
+    numbers = database.execute(f"SELECT * {'EXCLUDE (violations)' * violations} FROM log").fetchnumpy()
     scored = _whole(path, "verdicts", numbers["scored"])
     roles = _whole(path, "roles", numbers["role"]).astype(np.int8)
     _whole(path, "ids", numbers["id"])
