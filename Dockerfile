@@ -18,7 +18,7 @@ ARG TORCH_INDEX=
 COPY constraints.txt ./
 RUN /opt/guard/bin/pip install --constraint constraints.txt ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} "$TORCH"
 COPY . .
-RUN /opt/guard/bin/pip install --constraint constraints.txt '.[otel]'
+RUN /opt/guard/bin/pip install --constraint constraints.txt '.[crypto,otel]'
 
 FROM python:3.11-slim-bookworm
 # OpenMP, for the kernels.

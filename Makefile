@@ -71,7 +71,7 @@ $(VENV)/.serve: $(SOURCES) | $(BIN)/python
 	touch $@
 
 $(VENV)/.dev: $(SOURCES) | $(BIN)/python
-	$(PIP) install --constraint constraints.txt $(TORCH) --editable '.[audit,dev,otel,train]'
+	$(PIP) install --constraint constraints.txt $(TORCH) --editable '.[audit,crypto,dev,otel,train]'
 	touch $@ $(VENV)/.serve
 
 define generate

@@ -61,6 +61,8 @@ class Settings(BaseModel):
     """Where /metrics and /healthz are served."""
     policies: DirectoryPath = _shipped_policies()
     """Directory of policies; by default those that come with Guard."""
+    policies_key: FilePath | None = None
+    """Public key, PEM, that the policies must be signed by, see `guard policy sign`; needs the extra `crypto`."""
     model: DirectoryPath = _PACKAGE / "model" / "default"
     """Directory of a model; by default the embedded one."""
     default_policy: str = "default"

@@ -29,6 +29,7 @@ Model = Annotated[
     Path | None, typer.Option(help="Directory of the model that targets such as max_fpr are for.", show_default=False)
 ]
 Named = Annotated[str, typer.Argument(metavar="NAME|FILE", help="A shipped policy, or the file of any other.")]
+Directory = Annotated[Path, typer.Argument(metavar="DIR", help="A directory of policies.")]
 Paths = Annotated[list[Path], typer.Argument(help="Files, or directories of them.")]
 Role = Annotated[Literal["user", "agent", "system", "tool"], typer.Option(help="Whose turn it is.")]
 
@@ -189,6 +190,27 @@ def explain(
                 f"{missed.category} at {missed.threshold:.3f} (it is {missed.score:.3f}), {missed.action.name.lower()}"
             )
             console.print(f"{what}: {needs}", soft_wrap=True)
+
+
+@app.command()
+def sign(directory: Directory, key: Annotated[Path, typer.Option(help="An ed25519 private key, PEM.")]) -> None:
+    """Sign all files of a directory of policies, for servers with --policies-key.
+
+    Writes manifest.json, which holds their hashes, and its signature manifest.sig beside them. A key is made by
+    openssl genpkey -algorithm ed25519 -out private.pem, its public part by openssl pkey -in private.pem -pubout.
+    """
+    from guard.policy import bundle
+
+    typer.echo(f"{bundle.sign(directory, key)} files signed")
+
+
+@app.command()
+def verify(directory: Directory, key: Annotated[Path, typer.Option(help="An ed25519 public key, PEM.")]) -> None:
+    """Check that a directory of policies is what was signed. Exits with 2 and tells what is not, or with 0."""
+    from guard.policy.bundle import Signatures
+
+    bundle = Signatures(key).open(directory)
+    typer.echo(f"{len(bundle.files)} files, signed at {bundle.signed.isoformat(timespec='seconds')}")
 
 
 def calibration(model: Path | None) -> "Calibration":

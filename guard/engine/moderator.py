@@ -15,6 +15,7 @@ from guard.engine.batcher import Batcher
 from guard.errors import ConfigError, ModelFailed
 from guard.model.normalise import undisguise
 from guard.model.turn_classifier import TurnClassifier
+from guard.policy.bundle import Signatures
 from guard.policy.calibration import Calibration
 from guard.policy.compile import Policy, unknown_hazards
 from guard.policy.decide import NO_METADATA, decide, decide_without_scores
@@ -87,7 +88,8 @@ class Moderator:
     def load(cls, settings: Settings, telemetry: Telemetry) -> Self:
         """Loads policies and model as the settings say; blocks. Raises ConfigError where one cannot be used."""
         calibration = Calibration.read(settings.model)
-        policies = PolicyStore.load(settings.policies, settings.default_policy, calibration)
+        signatures = Signatures(settings.policies_key) if settings.policies_key else None
+        policies = PolicyStore.load(settings.policies, settings.default_policy, calibration, signatures)
         thread = model_thread()
         model = thread.submit(TurnClassifier, settings.model, settings.device, settings.dtype, settings.threads)
         classifier = model.result()

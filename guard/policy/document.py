@@ -1,6 +1,6 @@
 """YAML as plain data that knows where each value stands; pathological files are refused before they cost anything."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ KEY = "[key]"
 """At the end of a path: not the value there, but its key. The word is pydantic's."""
 
 Loc = tuple[str | int, ...]
+Read = Callable[[Path, int], bytes]
+"""The first bytes of a file, so many at most. Raises OSError."""
 Place = tuple[int, int]  # line and column, from 1
 _Found = dict[tuple[Place, str], str]  # by place and path
 
@@ -29,6 +31,12 @@ _CONSTRUCTED = frozenset(_TAG + kind for kind in ("int", "float", "bool", "null"
 _PLAIN = _CONSTRUCTED | {_TAG + kind for kind in ("map", "seq", "str", "timestamp")}
 
 
+def read_file(path: Path, limit: int) -> bytes:
+    """From the disk; all of it where the limit is negative."""
+    with path.open("rb") as file:
+        return file.read(limit)
+
+
 class Document:
     """One file: `data` is made of dicts, tuples, str, int, float, bool and None.
 
@@ -36,8 +44,9 @@ class Document:
     that is no YAML at all, is empty, larger than MAX_BYTES or deeper than MAX_DEPTH raises PolicyError at once.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, read: Read = read_file) -> None:
         self._path = path
+        self._read = read
         self._places: dict[Loc, Place] = {}
         self._problems: _Found = {}
         self._warnings: _Found = {}
@@ -112,8 +121,7 @@ class Document:
 
     def _text(self) -> str:
         try:
-            with self._path.open("rb") as file:
-                content = file.read(MAX_BYTES + 1)
+            content = self._read(self._path, MAX_BYTES + 1)
         except OSError as error:
             raise self._refusal(_START, f"cannot be read: {error.strerror}") from None
         if len(content) > MAX_BYTES:

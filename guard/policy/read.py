@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 from guard.errors import PolicyError
 from guard.policy.calibration import Calibration
 from guard.policy.check import check
-from guard.policy.document import KEY, Document, Loc
+from guard.policy.document import KEY, Document, Loc, Read, read_file
 from guard.policy.messages import found, one_of
 from guard.policy.schema import NAME, TAGS, FragmentSpec, PolicySpec
 
@@ -51,16 +51,16 @@ class Reading:
     warnings: tuple[str, ...]
 
 
-def read_policy(path: Path, calibration: Calibration | None = None) -> Reading:
+def read_policy(path: Path, calibration: Calibration | None = None, read: Read = read_file) -> Reading:
     """Reads and checks one file, and those that it includes. Raises PolicyError with every problem in them.
 
     `calibration` is that of the model that the policy is for; without one, a target such as max_fpr is a problem.
     """
-    document = Document(path)
+    document = Document(path, read)
     if not re.fullmatch(rf"{NAME}\.yaml", path.name):
         document.report((KEY,), f"expected a file name such as my-policy.yaml, found {found(path.name)}")
     own = checked(document, PolicySpec, {"description": "-"})
-    files = _Files(document)
+    files = _Files(document, read)
     spec = own.model_copy(update=dict(files.merged(path, own)))
     if isinstance(document.data, dict):
         check(spec, files, calibration or Calibration())
@@ -98,8 +98,9 @@ def _without(data: Any, locs: Iterable[Loc]) -> dict[str, Any]:
 class _Files:
     """A policy's document and those that it includes, to look names up in and to report to, whichever holds them."""
 
-    def __init__(self, document: Document) -> None:
+    def __init__(self, document: Document, read: Read) -> None:
         self.documents = [document]
+        self._read = read
 
     def merged(self, path: Path, own: PolicySpec) -> Iterator[tuple[str, dict[str, Any]]]:
         """Each shared section with the entries of the included files, which are read and checked; each name once."""
@@ -110,7 +111,7 @@ class _Files:
                 main.report(("include", index), f"expected each file once, found {found(name)} again")
                 continue
             try:
-                fragment = Document(path.with_name(name))
+                fragment = Document(path.with_name(name), self._read)
             except PolicyError as error:
                 main.report(("include", index), f"cannot be included: {error}")
                 continue

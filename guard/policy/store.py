@@ -4,9 +4,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from guard.errors import ConfigError, NotFound, PolicyError
+from guard.policy.bundle import Bundle, Signatures
 from guard.policy.calibration import Calibration
 from guard.policy.compile import Policy, compile_policy
-from guard.policy.document import printable
+from guard.policy.document import Read, printable, read_file
 from guard.policy.messages import did_you_mean
 from guard.policy.read import read_policy
 
@@ -26,16 +27,25 @@ class PolicyStore:
             )
 
     @classmethod
-    def load(cls, directory: Path, default: str = "default", calibration: Calibration | None = None) -> "PolicyStore":
+    def load(
+        cls,
+        directory: Path,
+        default: str = "default",
+        calibration: Calibration | None = None,
+        signatures: Signatures | None = None,
+    ) -> "PolicyStore":
         """Reads every policy file of a directory, see `policy_files`, for the model of that calibration.
 
+        Where there are `signatures` to check, what was checked is what is read, and nothing else.
         Raises PolicyError with the problems of all files, and ConfigError where there is no directory, no policy or no
         default policy.
         """
+        bundle = signatures.open(directory) if signatures else None
+        read = bundle.read if bundle else read_file
         policies, problems = [], dict[str, None]()  # what several policies include is wrong once
-        for path in policy_files(directory):
+        for path in policy_files(directory, bundle):
             try:
-                policies.append(load_policy(path, calibration))
+                policies.append(load_policy(path, calibration, read))
             except PolicyError as error:
                 problems |= dict.fromkeys(str(error).split("\n"))
         if problems:
@@ -50,23 +60,24 @@ class PolicyStore:
         return policy
 
 
-def policy_files(directory: Path) -> list[Path]:
-    """The policies of a directory: NAME.yaml, but no hidden files, NAME_test.yaml and NAME_include.yaml.
+def policy_files(directory: Path, bundle: Bundle | None = None) -> list[Path]:
+    """The policies of a directory, or of its bundle: NAME.yaml, but not hidden, NAME_test.yaml or NAME_include.yaml.
 
     Raises ConfigError where there is no directory or no policy.
     """
     try:
-        paths = sorted(path for path in directory.iterdir() if _is_policy(path.name))
+        names = bundle.files if bundle else [path.name for path in directory.iterdir()]
     except OSError as error:
         raise ConfigError(f"{directory}: cannot be read: {error.strerror}") from None
+    paths = sorted(directory / name for name in names if _is_policy(name))
     if not paths:
         raise ConfigError(f"{directory}: expected policies (*.yaml), found none")
     return paths
 
 
-def load_policy(path: Path, calibration: Calibration | None = None) -> Policy:
+def load_policy(path: Path, calibration: Calibration | None = None, read: Read = read_file) -> Policy:
     """One policy, named as its file is. Raises PolicyError with every problem in it."""
-    return compile_policy(path.stem, read_policy(path, calibration).spec, calibration)
+    return compile_policy(path.stem, read_policy(path, calibration, read).spec, calibration)
 
 
 def _is_policy(name: str) -> bool:

@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 import pytest
 
 from guard.policy.schema import json_schema
+from tests import keys
 from tests.cli.command import guard
 
 POLICY = """\
@@ -47,7 +48,7 @@ from guard.cli import app
 try:
     app(["policy", "lint", sys.argv[1]])
 except SystemExit as exit:
-    print(exit.code, sorted({"torch", "grpc", "transformers"} & set(sys.modules)))
+    print(exit.code, sorted({"torch", "grpc", "transformers", "cryptography"} & set(sys.modules)))
 """
 
 
@@ -63,7 +64,7 @@ def policy(tmp_path: Path) -> Path:
 
 
 def test_policies_need_no_heavy_library(policy: Path) -> None:
-    """Neither torch nor grpc is imported, and so the answer is there at once."""
+    """None is imported, and so the answer is there at once."""
     shown = subprocess.run([sys.executable, "-c", LIGHT, policy], capture_output=True, text=True, check=True).stdout
     assert shown.splitlines() == ["1 good, 0 warnings", "0 []"]
 
@@ -82,6 +83,20 @@ async def test_lint_tells_problems_and_warnings_by_place(policy: Path) -> None:
         f"error: {policy}:8:13: rules.falcon.action: expected one of flag, redirect, block, found 'redirekt'"
         "; did you mean redirect?\n"
     )
+
+
+async def test_a_directory_is_signed_and_verified(policy: Path, tmp_path: Path) -> None:
+    """By keys of the operator; nothing that is not what was signed is judged by."""
+    pair = keys.to_sign(tmp_path / ".keys")
+    signed = await guard("policy", "sign", tmp_path, "--key", pair.private)
+    assert (signed.code, signed.out) == (0, "2 files signed\n")
+    good = await guard("policy", "verify", tmp_path, "--key", pair.public)
+    assert (good.code, good.out.startswith("2 files, signed at 2")) == (0, True)
+    write(policy, POLICY.replace("0.5", "0.6"))
+    bad = await guard("policy", "verify", tmp_path, "--key", pair.public)
+    assert (bad.code, bad.err) == (2, f"error: {policy}: is not what was signed\n")
+    check = await guard("check", "--policies", tmp_path, "Hi!", GUARD_POLICIES_KEY=str(pair.public))
+    assert (check.code, check.err) == (bad.code, bad.err)
 
 
 async def test_show_resolves_targets(policy: Path) -> None:
