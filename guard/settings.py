@@ -110,6 +110,15 @@ class Settings(BaseModel):
     decision_log_files: PositiveInt = 10
     """Rotated files of the decision log that are kept, FILE.1 being the newest."""
 
+    capture: Path | None = None
+    """File that gets the judged conversations themselves, sealed to `capture_key`; rotated as the decision log is."""
+    capture_key: FilePath | None = None
+    """X25519 public key, PEM, whose owner alone can read them, by `guard unseal`; needs the extra `crypto`."""
+    capture_from: Literal["allow", "flag", "redirect", "block"] = "block"
+    """The mildest action whose conversations are captured."""
+    capture_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of those conversations that are captured."""
+
     drain_seconds: PositiveFloat = 20.0
     """How long a stopping server waits for calls to end."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -123,6 +132,12 @@ class Settings(BaseModel):
             raise ValueError("tls_cert and tls_key go together")
         if self.tls_client_ca is not None and self.tls_cert is None:
             raise ValueError("tls_client_ca needs tls_cert and tls_key")
+        return self
+
+    @model_validator(mode="after")
+    def _capture_is_sealed(self) -> Self:
+        if (self.capture is None) != (self.capture_key is None):
+            raise ValueError("capture and capture_key go together")
         return self
 
     @classmethod

@@ -62,6 +62,12 @@ class Metrics:
             "Verdicts that the decision log should hold and does not, by reason: full, failed or stopped.",
             "reason",
         )
+        self.capture_written = counter("capture_written", "Conversations that the sealed capture holds.")
+        self.capture_dropped = counter(
+            "capture_dropped",
+            "Conversations that the sealed capture should hold and does not, by reason: full, failed or stopped.",
+            "reason",
+        )
 
     def decided(self, decision: Decision) -> None:
         """Counts one decision: its verdicts, their violations, and where its time went."""

@@ -19,6 +19,7 @@ from guard.cli.evaluate import evaluate
 from guard.cli.serve import serve
 from guard.cli.synthesize import synthesize
 from guard.cli.train import distill, train
+from guard.cli.unseal import unseal
 from guard.errors import GuardError, Unanswered
 
 app = typer.Typer(
@@ -36,6 +37,7 @@ app.add_typer(client.app)
 policy.app.command()(replay.replay)
 policy.app.command()(replay.diff)
 app.add_typer(policy.app)
+app.command()(unseal)
 app.command()(train)
 app.command()(distill)
 app.command()(evaluate)

@@ -2,29 +2,22 @@
 
 import hashlib
 import json
-import logging
 import random
 import secrets
-import sys
-import threading
 import time
-from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from datetime import UTC, datetime
-from logging.handlers import RotatingFileHandler
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 from guard.errors import ConfigError
 from guard.policy.store import PolicyStore
+from guard.service.lines import Lines, rotating, standard_output
 from guard.settings import Settings
 from guard.telemetry import Telemetry
 from guard.types import Conversation, Decision, Scores, Turn, Verdict, Violation
 
-_ROOM = 64 * 2**20  # characters that may wait to be written, each verdict being so many beside its text:
-_VERDICT = 4096
-_LAST_WORDS = 5.0  # seconds to write what waits as the service stops
+_VERDICT = 4096  # characters that a verdict takes while it waits, beside its text
 
 
 class Salt:
@@ -76,26 +69,17 @@ class Entry(NamedTuple):
 
 
 class DecisionLog:
-    """Takes decisions without ever waiting, and writes them on a thread of its own.
-
-    What finds no room, cannot be written or is still waiting long after the stop is counted, and lost.
-    """
+    """Takes decisions without ever waiting, and writes them on a thread of its own; see `Lines`."""
 
     def __init__(self, path: Path, settings: Settings, telemetry: Telemetry) -> None:
         """`path` may be -, standard output. Raises ConfigError where it or the salt cannot be used."""
-        self._log = telemetry.log
-        self._written = telemetry.metrics.decision_log_written
-        self._dropped = telemetry.metrics.decision_log_dropped
         self._share = settings.decision_log_share
         self._salt = Salt(_secret(settings.decision_log_salt))
-        self._handler = _open(path, settings.decision_log_bytes, settings.decision_log_files)
-        self._entries: deque[tuple[Entry, int]] = deque()
-        self._taken = 0  # of the room
-        self._failing = False
-        self._closed = False
-        self._change = threading.Condition()
-        self._writer = threading.Thread(target=self._run, name="decision log", daemon=True)
-        self._writer.start()
+        size, kept = settings.decision_log_bytes, settings.decision_log_files
+        handler = standard_output() if path == Path("-") else rotating("decision_log", path, size, kept)
+        metrics = telemetry.metrics
+        written, dropped = metrics.decision_log_written, metrics.decision_log_dropped
+        self._lines = Lines("decision_log", handler, telemetry.log, written, dropped)
 
     def add(
         self,
@@ -118,84 +102,11 @@ class DecisionLog:
         judged = tuple(conversation.turns[verdict.turn] for verdict in decision.verdicts)
         entry = Entry(time.time(), decision, judged, conversation_id, asked)
         size = len(conversation_id) + sum(_VERDICT + len(turn.text) for turn in judged)
-        with self._change:
-            if self._taken + size > _ROOM or self._closed:
-                self._dropped.labels("stopped" if self._closed else "full").inc(len(judged))
-                return
-            self._entries.append((entry, size))
-            self._taken += size
-            self._change.notify()
+        self._lines.add(entry.lines(self._salt), len(judged), size)
 
     def close(self) -> None:
         """Writes what waits, for some seconds at most; blocks."""
-        with self._change:
-            self._closed = True
-            self._change.notify()
-        self._writer.join(_LAST_WORDS)
-        with self._change:
-            lost = sum(len(entry.judged) for entry, _ in self._entries)
-            self._entries.clear()
-        if lost:
-            self._dropped.labels("stopped").inc(lost)
-            self._log.error("decision_log_cut_off", verdicts=lost)
-
-    def _run(self) -> None:
-        while (taken := self._next()) is not None:
-            entry, size = taken
-            self._write(entry)
-            with self._change:
-                self._taken -= size
-        self._let_go()
-
-    def _next(self) -> tuple[Entry, int] | None:
-        """The oldest entry, once there is one; None at the end."""
-        with self._change:
-            self._change.wait_for(lambda: self._entries or self._closed)
-            return self._entries.popleft() if self._entries else None
-
-    def _write(self, entry: Entry) -> None:
-        written = 0
-        try:
-            for line in entry.lines(self._salt):
-                self._handler.emit(logging.makeLogRecord({"msg": line}))
-                written += 1
-        except Exception as error:  # the disk is full, say; the writer must outlive it
-            self._dropped.labels("failed").inc(len(entry.judged) - written)
-            if not self._failing:
-                self._log.error("decision_log_fails", problem=getattr(error, "strerror", None), exc_info=error)
-            self._failing = True
-            self._let_go()  # of what is half written; the next line opens the file anew
-        else:
-            self._failing = False
-        self._written.inc(written)
-
-    def _let_go(self) -> None:
-        with suppress(OSError):  # it was told already
-            self._handler.close()
-
-
-class _Raising(logging.Handler):
-    """Leaves errors to the caller, where logging would print them."""
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        raise  # what is being handled
-
-
-class _Rotating(_Raising, RotatingFileHandler):
-    pass
-
-
-class _Stream(_Raising, logging.StreamHandler[TextIO]):
-    pass
-
-
-def _open(path: Path, size: int, kept: int) -> logging.Handler:
-    if path == Path("-"):
-        return _Stream(sys.stdout)
-    try:
-        return _Rotating(path, maxBytes=size, backupCount=kept, encoding="ascii")
-    except OSError as error:
-        raise ConfigError(f"decision_log: {path} cannot be written: {error.strerror}") from None
+        self._lines.close()
 
 
 def _secret(path: Path | None) -> bytes:

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol, TypeVar
 
@@ -12,7 +12,6 @@ from guard.errors import InputError, Loading
 from guard.policy.decide import NO_METADATA
 from guard.policy.store import PolicyStore
 from guard.service import convert
-from guard.service.decision_log import DecisionLog
 from guard.service.status import reason_of, to_item_error
 from guard.settings import Settings
 from guard.telemetry import Telemetry
@@ -46,13 +45,28 @@ class Judge(Protocol):
     def close(self) -> None: ...
 
 
+class Journal(Protocol):
+    """What keeps decisions; it holds none of them up."""
+
+    def add(
+        self,
+        decision: Decision,
+        conversation: Conversation,
+        conversation_id: str,
+        metadata: Mapping[str, str],
+        policies: PolicyStore,
+    ) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class Moderation(ModerationServicer):
     """Answers with Loading until `judge` is set."""
 
-    def __init__(self, settings: Settings, telemetry: Telemetry, decisions: DecisionLog | None = None) -> None:
+    def __init__(self, settings: Settings, telemetry: Telemetry, journals: Sequence[Journal] = ()) -> None:
         self._settings = settings
         self._telemetry = telemetry
-        self._decisions = decisions
+        self._journals = journals
         self.judge: Judge | None = None
 
     async def Check(self, request: pb.CheckRequest, context: _Context) -> pb.CheckResponse:
@@ -108,8 +122,8 @@ class Moderation(ModerationServicer):
             conversation, policy=request.policy, lane=lane, deadline=deadline, metadata=request.metadata
         )
         self._telemetry.metrics.decided(decision)
-        if self._decisions is not None:
-            self._decisions.add(decision, conversation, request.conversation_id, request.metadata, policies)
+        for journal in self._journals:
+            journal.add(decision, conversation, request.conversation_id, request.metadata, policies)
         return decision
 
     def _judge(self) -> Judge:

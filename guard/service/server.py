@@ -15,10 +15,11 @@ from grpc_reflection.v1alpha import reflection
 
 from guard.errors import ConfigError
 from guard.service.access import RateLimit, Tokens
+from guard.service.capture import Capture
 from guard.service.decision_log import DecisionLog
 from guard.service.http import make_app
 from guard.service.interceptors import Calls
-from guard.service.moderation import Judge, Moderation
+from guard.service.moderation import Journal, Judge, Moderation
 from guard.service.tls import Certificates
 from guard.settings import Settings
 from guard.telemetry import Telemetry, adopt_stdlib_logging
@@ -46,8 +47,12 @@ class Server:
         self._load = load
         tokens = Tokens(settings.tokens_file, telemetry.log) if settings.tokens_file else None
         limit = RateLimit(settings.client_rate, settings.client_burst) if settings.client_rate else None
-        self._decisions = DecisionLog(settings.decision_log, settings, telemetry) if settings.decision_log else None
-        self._moderation = Moderation(settings, telemetry, self._decisions)
+        self._journals: list[Journal] = []
+        if settings.decision_log:
+            self._journals.append(DecisionLog(settings.decision_log, settings, telemetry))
+        if settings.capture and settings.capture_key:
+            self._journals.append(Capture(settings.capture, settings.capture_key, settings, telemetry))
+        self._moderation = Moderation(settings, telemetry, self._journals)
         self._calls = Calls(telemetry, tokens, limit)
         self._health = health.aio.HealthServicer()
         self._serving = False
@@ -125,8 +130,8 @@ class Server:
         self._calls.end_watches()
         await self._grpc.stop(_LAST_WORDS)
         await self._http.cleanup()
-        if self._decisions is not None:
-            await asyncio.to_thread(self._decisions.close)
+        for journal in self._journals:
+            await asyncio.to_thread(journal.close)
         if judge is not None:
             judge.close()
         self._log.info("stopped")
