@@ -15,6 +15,7 @@ from guard.errors import PolicyError
 MAX_BYTES = 100_000
 MAX_DEPTH = 16
 MAX_PROBLEMS = 100
+_MAX_BITS = 64  # of a whole number
 
 KEY = "[key]"
 """At the end of a path: not the value there, but its key. The word is pydantic's."""
@@ -168,9 +169,12 @@ class Document:
 
     def _scalar(self, node: ScalarNode) -> Any:
         try:
-            return self._constructor.construct_object(node)
+            value = self._constructor.construct_object(node)
         except (ValueError, KeyError):  # more digits than int() takes, or a tag that the text does not fit
             return node.value
+        if isinstance(value, int) and value.bit_length() > _MAX_BITS:  # of which print() may want no part
+            return node.value
+        return value
 
 
 def printable(text: str) -> str:
