@@ -49,13 +49,14 @@ class Bundle:
         """As `guard.policy.document.read_file`, from what was checked and not from the disk."""
         if path.name not in self.files:
             raise FileNotFoundError(errno.ENOENT, "it is not in the manifest")
-        return self.files[path.name][:limit]
+        content = self.files[path.name]
+        return content if limit < 0 else content[:limit]
 
 
 class Signatures:
-    """Opens directories that were signed by the owner of one key, and none that is older than one opened before.
+    """Opens directories that were signed by the owner of one key, and none that is older than the one in force.
 
-    What was opened is forgotten with the process; whoever must end old bundles for good changes the key.
+    Which that is, is forgotten with the process; whoever must end old bundles for good changes the key.
     """
 
     def __init__(self, key: Path) -> None:
@@ -81,8 +82,11 @@ class Signatures:
             files[name] = content
         if problems:
             raise ConfigError("\n".join(problems))
-        self._newest = manifest.signed
         return Bundle(manifest.signed, files)
+
+    def keep_to(self, bundle: Bundle) -> None:
+        """Refuses, from now on, what was signed before it."""
+        self._newest = bundle.signed
 
     def _manifest(self, directory: Path) -> _Manifest:
         path = directory / MANIFEST

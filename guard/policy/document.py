@@ -22,7 +22,7 @@ KEY = "[key]"
 
 Loc = tuple[str | int, ...]
 Read = Callable[[Path, int], bytes]
-"""The first bytes of a file, so many at most. Raises OSError."""
+"""The first bytes of a file, so many at most, or all of them where the number is negative. Raises OSError."""
 Place = tuple[int, int]  # line and column, from 1
 _Found = dict[tuple[Place, str], str]  # by place and path
 
@@ -33,7 +33,7 @@ _PLAIN = _CONSTRUCTED | {_TAG + kind for kind in ("map", "seq", "str", "timestam
 
 
 def read_file(path: Path, limit: int) -> bytes:
-    """From the disk; all of it where the limit is negative."""
+    """From the disk."""
     with path.open("rb") as file:
         return file.read(limit)
 

@@ -50,7 +50,10 @@ class PolicyStore:
                 problems |= dict.fromkeys(str(error).split("\n"))
         if problems:
             raise PolicyError("\n".join(problems))
-        return cls(policies, default)
+        store = cls(policies, default)
+        if signatures and bundle:
+            signatures.keep_to(bundle)
+        return store
 
     def get(self, name: str) -> Policy:
         """The policy of that name, or the default one for an empty name. Raises NotFound."""

@@ -50,6 +50,13 @@ try:
 except SystemExit as exit:
     print(exit.code, sorted({"torch", "grpc", "transformers", "cryptography"} & set(sys.modules)))
 """
+WITHOUT_EXTRA = """
+import sys
+from guard.cli import main
+sys.modules["cryptography"] = None
+sys.argv = ["guard", "policy", "verify", ".", "--key", "public.pem"]
+main()
+"""
 
 
 def write(path: Path, text: str) -> None:
@@ -97,6 +104,15 @@ async def test_a_directory_is_signed_and_verified(policy: Path, tmp_path: Path) 
     assert (bad.code, bad.err) == (2, f"error: {policy}: is not what was signed\n")
     check = await guard("check", "--policies", tmp_path, "Hi!", GUARD_POLICIES_KEY=str(pair.public))
     assert (check.code, check.err) == (bad.code, bad.err)
+
+
+def test_signatures_say_what_they_need() -> None:
+    """Where the extra is not installed, its name."""
+    result = subprocess.run([sys.executable, "-c", WITHOUT_EXTRA], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (
+        2,
+        "error: keys need the extra, pip install 'guard-moderation[crypto]'\n",
+    )
 
 
 async def test_show_resolves_targets(policy: Path) -> None:

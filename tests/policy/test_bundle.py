@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from guard.errors import ConfigError
+from guard.errors import ConfigError, PolicyError
 from guard.policy.bundle import MANIFEST, SIGNATURE, Signatures, sign
 from guard.policy.store import PolicyStore
 from tests import keys
@@ -149,12 +149,28 @@ def test_an_older_bundle_does_not_come_back(directory: Path, pair: keys.Pair) ->
         load(directory, signatures)
 
 
+def test_a_bundle_that_cannot_be_served_ages_nothing(directory: Path, pair: keys.Pair) -> None:
+    """What is in force may come back after one that was signed with a mistake in it."""
+    signatures = Signatures(pair.public)
+    load(directory, signatures)
+    good = {path: path.read_bytes() for path in directory.iterdir()}
+    write(directory, WHOLE.replace("block: 0.9", "block: 9"))
+    sign(directory, pair.private)
+    with pytest.raises(PolicyError):
+        load(directory, signatures)
+    for path, content in good.items():
+        path.write_bytes(content)
+    assert load(directory, signatures).policies
+
+
 def test_what_is_read_is_what_was_checked(directory: Path, pair: keys.Pair) -> None:
     """Files that change once they were checked change nothing, and those that come then are not there."""
     bundle = Signatures(pair.public).open(directory)
     for path in list(directory.iterdir()):
         path.write_text("other")
     assert bundle.read(directory / "whole.yaml", 100_000).decode() == WHOLE
+    assert bundle.read(directory / "head.safetensors", 3) == bytes(range(3))
+    assert bundle.read(directory / "head.safetensors", -1) == bytes(range(256))
     with pytest.raises(OSError, match="it is not in the manifest"):
         bundle.read(directory / "more.yaml", 1)
 
