@@ -3,7 +3,6 @@
 import base64
 import json
 import random
-import time
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,7 +11,7 @@ from guard.policy.store import PolicyStore
 from guard.service.lines import Lines, rotating
 from guard.settings import Settings
 from guard.telemetry import Telemetry
-from guard.types import Action, Conversation, Decision
+from guard.types import Action, Conversation, Decision, Turn
 
 _RECORD = 1024  # characters beside the texts, about
 
@@ -51,22 +50,30 @@ class Capture:
         if max(verdict.action for verdict in decision.verdicts) < self._mildest or random.random() >= self._share:
             return
         said = conversation.turns[: max(verdict.turn for verdict in decision.verdicts) + 1]
-        record = {
-            "time": datetime.fromtimestamp(time.time(), UTC).isoformat(timespec="microseconds"),
-            "id": decision.id,
-            "conversation_id": conversation_id,
-            "metadata": dict(metadata),
-            "policy": decision.policy.name,
-            "actions": {str(verdict.turn): verdict.action.name.lower() for verdict in decision.verdicts},
-            "turns": [{"role": turn.role, "text": turn.text} for turn in said],
-        }
-        size = _RECORD + len(conversation_id) + sum(len(turn.text) for turn in said) + sum(map(len, metadata.values()))
-        self._lines.add(self._sealed(record), 1, size)
+        given = dict(metadata)
+        size = _RECORD + len(conversation_id) + sum(len(turn.text) for turn in said) + sum(map(len, given.values()))
+        self._lines.add(self._sealed(datetime.now(UTC), decision, said, conversation_id, given), 1, size)
 
     def close(self) -> None:
         """Writes what waits, for some seconds at most; blocks."""
         self._lines.close()
 
-    def _sealed(self, record: Mapping[str, object]) -> Iterator[str]:
-        """The one line; nothing is computed before it is asked for."""
+    def _sealed(
+        self,
+        time: datetime,
+        decision: Decision,
+        said: tuple[Turn, ...],
+        conversation_id: str,
+        metadata: Mapping[str, str],
+    ) -> Iterator[str]:
+        """The one line, which is made when it is asked for, on the writer's thread."""
+        record = {
+            "time": time.isoformat(timespec="microseconds"),
+            "id": decision.id,
+            "conversation_id": conversation_id,
+            "metadata": metadata,
+            "policy": decision.policy.name,
+            "actions": {str(verdict.turn): verdict.action.name.lower() for verdict in decision.verdicts},
+            "turns": [{"role": turn.role, "text": turn.text} for turn in said],
+        }
         yield base64.b64encode(self._seal(json.dumps(record).encode())).decode()
