@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from types import MappingProxyType
+from typing import Literal
 
 
 class Role(StrEnum):
@@ -58,6 +59,14 @@ HAZARDS: Mapping[str, str] = MappingProxyType(
 """Guard's taxonomy, code to title: the MLCommons hazards as Llama Guard 3 codes them (S), and our own (X)."""
 
 
+LongInput = Literal["head-tail", "window"]
+"""How a turn that is longer than what the model reads at once is read.
+
+head-tail: its beginning and its end, in one pass. window: these, and all of it in overlapping parts; of each score the
+highest counts.
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class Turn:
     """One message of a conversation."""
@@ -94,16 +103,35 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
+class Head:
+    """An output that a policy adds to a model: sigmoid(weight · hidden + bias) of what is hidden at a turn's end token.
+
+    `weight` is [hidden], `name` stands for it. `model` is the revision of the one model that it was fitted to,
+    `examples` the SHA-256 of what it was fitted from.
+    """
+
+    name: str
+    model: str = field(compare=False)
+    examples: str = field(compare=False)
+    weight: tuple[float, ...] = field(compare=False, repr=False)
+    bias: float = field(compare=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Tokens:
-    """A conversation, or a window of a long one, as the model reads it, and the turns to be scored in it, in order."""
+    """A conversation, or a window of a long one, as the model reads it, and the turns to be scored in it, in order.
+
+    `heads` are the outputs that they are scored for beside the model's own.
+    """
 
     ids: tuple[int, ...]
     spans: tuple[Span, ...]
+    heads: tuple[Head, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Calibrated probabilities: that a turn is unsafe at all, and for each hazard code.
+    """Calibrated probabilities: that a turn is unsafe at all, and for each hazard code and name of a head.
 
     Those of a verdict are numbers of float32, so that what the wire and the decision log carry is what was judged.
     """

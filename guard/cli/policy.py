@@ -294,13 +294,10 @@ def _ground(violation: "Violation") -> str:
 
 def _scores(policy: "Policy", source: str) -> "tuple[Scores, set[str]]":
     """The scores of a JSON file, and the rules that matched where it is an answer."""
-    from guard.types import HAZARDS, Scores
-
     try:
         data = json.loads(sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8"))
         verdict = data.get("verdict", {})
         found = verdict.get("scores") or data
-        own = {code: 0.0 for category in policy.categories for code in category.hazards}
         given = {str(code): float(score) for code, score in found.get("hazards", {}).items()}
         rules = {str(violation["rule"]) for violation in verdict.get("violations", ()) if violation.get("rule")}
         unsafe = float(found["unsafe"])
@@ -312,7 +309,7 @@ def _scores(policy: "Policy", source: str) -> "tuple[Scores, set[str]]":
         ) from None
     if not all(0 <= score <= 1 for score in (unsafe, *given.values())):
         raise InputError("scores", f"{source}: should be from 0 to 1")
-    return Scores(unsafe, dict.fromkeys(HAZARDS, 0.0) | own | given), rules
+    return policy.scores({**given, "unsafe": unsafe}), rules
 
 
 @contextmanager

@@ -5,27 +5,30 @@ import time
 import uuid
 from array import array
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
 from itertools import zip_longest
 from typing import Protocol, Self
 
 from guard.engine.batcher import Batcher
-from guard.errors import ConfigError, ModelFailed
+from guard.errors import ModelFailed
 from guard.model.normalise import undisguise
 from guard.model.turn_classifier import TurnClassifier
 from guard.policy.bundle import Signatures
 from guard.policy.calibration import Calibration
-from guard.policy.compile import Policy, unknown_hazards
+from guard.policy.compile import Policy
 from guard.policy.decide import NO_METADATA, decide, decide_without_scores
+from guard.policy.heads import check_model
 from guard.policy.store import PolicyStore
 from guard.settings import Settings
 from guard.telemetry import Telemetry
 from guard.types import (
     Conversation,
     Decision,
+    Head,
     Lane,
+    LongInput,
     ModelInfo,
     Revision,
     Role,
@@ -46,7 +49,7 @@ class Classifier(Protocol):
 
     info: ModelInfo
 
-    def tokenise(self, conversation: Conversation) -> tuple[Tokens, ...]: ...
+    def tokenise(self, conversation: Conversation, long_input: LongInput = "head-tail") -> tuple[Tokens, ...]: ...
 
     def score(self, batch: Sequence[Tokens]) -> list[tuple[Scores, ...]]: ...
 
@@ -66,12 +69,11 @@ class Moderator:
     ) -> None:
         """`thread` is the one that the model was loaded on, if there is one.
 
-        Blocks until the model has warmed up. Raises ConfigError for a policy over hazards that it does not score."""
+        Blocks until the model has warmed up. Raises ConfigError for a policy that this model cannot serve."""
         self.model = classifier.info
         self.policies = policies
         for policy in policies.policies:
-            if unknown := ", ".join(unknown_hazards(policy, self.model.hazards)):
-                raise ConfigError(f"policy {policy.name}: {self.model.revision.name} does not score {unknown}")
+            check_model(policy, self.model)
         self._tokenise = classifier.tokenise
         self._tokenising = ThreadPoolExecutor(1, thread_name_prefix="tokenise")
         self._thread = thread or model_thread()
@@ -85,11 +87,15 @@ class Moderator:
         )
 
     @classmethod
-    def load(cls, settings: Settings, telemetry: Telemetry) -> Self:
-        """Loads policies and model as the settings say; blocks. Raises ConfigError where one cannot be used."""
-        calibration = Calibration.read(settings.model)
-        signatures = Signatures(settings.policies_key) if settings.policies_key else None
-        policies = PolicyStore.load(settings.policies, settings.default_policy, calibration, signatures)
+    def load(cls, settings: Settings, telemetry: Telemetry, policies: PolicyStore | None = None) -> Self:
+        """Loads policies, where none are given, and model as the settings say; blocks.
+
+        Raises ConfigError where one cannot be used.
+        """
+        if policies is None:
+            calibration = Calibration.read(settings.model)
+            signatures = Signatures(settings.policies_key) if settings.policies_key else None
+            policies = PolicyStore.load(settings.policies, settings.default_policy, calibration, signatures)
         thread = model_thread()
         model = thread.submit(TurnClassifier, settings.model, settings.device, settings.dtype, settings.threads)
         classifier = model.result()
@@ -121,12 +127,15 @@ class Moderator:
         the model fails, the policy's on_error or a stricter rule answers and the verdict is degraded. Cancelling drops
         the request.
         """
-        rules = self.policies.get(policy)
+        policies = self.policies
+        rules = policies.get(policy)
         size = min(sum(len(turn.text) for turn in conversation.turns) // _TOKEN_CHARACTERS, self.model.max_tokens)
         started = time.monotonic()
         with self._batcher.arriving(lane, size):  # refuses before anything is spent
             loop = asyncio.get_running_loop()
-            raw, plain, hits = await loop.run_in_executor(self._tokenising, self._read, conversation, rules)
+            raw, plain, hits = await loop.run_in_executor(
+                self._tokenising, self._read, conversation, rules, policies.heads
+            )
         timings = Timings(tokenise=time.monotonic() - started)
         readings: dict[int, list[Scores | None]] = defaultdict(list)
         for windows in zip_longest(raw, plain):
@@ -141,7 +150,7 @@ class Moderator:
             for turn, own in zip(turns, scores, strict=True):
                 readings[turn].append(own)
             lane = Lane.BULK  # the rest of a long conversation waits its turn, and is no longer refused
-        spans = (span for tokens in raw for span in tokens.spans)
+        spans = {span.turn: span for tokens in raw for span in tokens.spans}  # the parts of a turn say the same
         return Decision(
             id=uuid.uuid4().hex,
             verdicts=tuple(
@@ -153,7 +162,7 @@ class Moderator:
                     hits.get(span.turn, frozenset()),
                     metadata,
                 )
-                for span in spans
+                for span in spans.values()
             ),
             policy=Revision(rules.name, rules.revision),
             model=self.model.revision,
@@ -161,30 +170,33 @@ class Moderator:
         )
 
     def _read(
-        self, conversation: Conversation, policy: Policy
+        self, conversation: Conversation, policy: Policy, heads: tuple[Head, ...]
     ) -> tuple[tuple[Tokens, ...], tuple[Tokens, ...], Mapping[int, frozenset[str]]]:
         """The windows of the conversation as it is; where it is disguised, those that read otherwise without; and the
         rules that match a judged turn in either view."""
-        raw = self._windows(conversation, policy.history)
+        raw = self._windows(conversation, policy, heads)
         turns = tuple(replace(turn, text=undisguise(turn.text)) for turn in conversation.turns)
-        judged = [span.turn for tokens in raw for span in tokens.spans]
+        judged = dict.fromkeys(span.turn for tokens in raw for span in tokens.spans)
         views = ({conversation.turns[turn].text, turns[turn].text} for turn in judged)
         hits = {turn: found for turn, texts in zip(judged, views, strict=True) if (found := policy.matcher.hits(texts))}
         if turns == conversation.turns:
             return raw, (), hits
-        plain = self._windows(replace(conversation, turns=turns), policy.history)
+        plain = self._windows(replace(conversation, turns=turns), policy, heads)
         return raw, tuple(tokens for tokens in plain if tokens not in raw), hits
 
-    def _windows(self, conversation: Conversation, history: int | None) -> tuple[Tokens, ...]:
+    def _windows(self, conversation: Conversation, policy: Policy, heads: tuple[Head, ...]) -> tuple[Tokens, ...]:
         """The windows to read; of each judged turn one of its own, where only so many turns before it are context."""
-        if history is None:
-            return self._tokenise(conversation)
-        every = range(len(conversation.turns)) if conversation.target is None else (conversation.target,)
-        return tuple(tokens for turn in every for tokens in self._window(conversation, turn, history))
+        if policy.history is None:
+            windows: Iterable[Tokens] = self._tokenise(conversation, policy.long_input)
+        else:
+            every = range(len(conversation.turns)) if conversation.target is None else (conversation.target,)
+            windows = (tokens for turn in every for tokens in self._window(conversation, turn, policy))
+        return tuple(replace(tokens, heads=heads) for tokens in windows)
 
-    def _window(self, conversation: Conversation, turn: int, history: int) -> Iterator[Tokens]:
-        first = max(0, turn - history)
-        for tokens in self._tokenise(Conversation(conversation.turns[first : turn + 1], turn - first)):
+    def _window(self, conversation: Conversation, turn: int, policy: Policy) -> Iterator[Tokens]:
+        first = max(0, turn - (policy.history or 0))
+        alone = Conversation(conversation.turns[first : turn + 1], turn - first)
+        for tokens in self._tokenise(alone, policy.long_input):
             yield replace(tokens, spans=tuple(replace(span, turn=turn) for span in tokens.spans))
 
     async def drain(self) -> None:

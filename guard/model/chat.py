@@ -1,17 +1,19 @@
 """Conversation to tokens: ChatML whose roles and ends no text can forge."""
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import accumulate, chain
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
 from guard.errors import CheckpointError, InputError
-from guard.types import Conversation, Coverage, Role, Span, Tokens
+from guard.types import Conversation, Coverage, LongInput, Role, Span, Tokens
 
 # Names of roles as SmolLM2 was taught them.
 _CHATML = {Role.USER: "user", Role.AGENT: "assistant", Role.SYSTEM: "system", Role.TOOL: "tool"}
+_OVERLAP = 4  # a part of a long turn shares a quarter with the next one
 
 
 class ChatTokenizer:
@@ -30,11 +32,12 @@ class ChatTokenizer:
         self._gap = self._encode("\n")  # between one turn and the next
         self.max_tokens = max_tokens
 
-    def tokenise(self, conversation: Conversation) -> tuple[Tokens, ...]:
-        """The windows to read, each of at most `max_tokens`; every judged turn is scored in exactly one of them.
+    def tokenise(self, conversation: Conversation, long_input: LongInput = "head-tail") -> tuple[Tokens, ...]:
+        """The windows to read, each of at most `max_tokens`; every judged turn is scored in one of them.
 
         There is one window, unless every turn of a conversation longer than `max_tokens` is judged. What does not fit
-        is left out, as the coverage tells: the oldest turns first, then the middle of the judged turn itself.
+        is left out, as the coverage tells: the oldest turns first, then the middle of the judged turn itself. For
+        `window` further windows follow, with the parts of such turns; nothing of those is left out.
         Raises InputError where a text is not valid Unicode.
         """
         target = conversation.target
@@ -54,19 +57,27 @@ class ChatTokenizer:
             spans: list[Span] = []
             for turn in judged:
                 start, end = starts[turn] - starts[first], starts[turn + 1] - gap - starts[first]
-                spans.append(Span(turn, turns[turn].role, start, end, Coverage(end, totals[turn])))
+                clipped = len(whole[turn]) - len(blocks[turn])
+                seen = end + clipped if long_input == "window" else end
+                spans.append(Span(turn, turns[turn].role, start, end, Coverage(seen, totals[turn])))
             return Tokens(tuple(ids)[: spans[-1].end], tuple(spans))
 
-        if target is not None:
-            return (window(first_within(target, self.max_tokens), (target,)),)
         windows: list[Tokens] = []
-        first, judged = 0, list[int]()
-        for turn in range(len(turns)):
-            if first_within(turn, self.max_tokens) > first:  # full: the next one begins with half of itself as context
-                windows.append(window(first, judged))
-                first, judged = first_within(turn, self.max_tokens // 2), []
-            judged.append(turn)
-        return (*windows, window(first, judged))
+        if target is not None:
+            windows.append(window(first_within(target, self.max_tokens), (target,)))
+        else:
+            first, judged = 0, list[int]()
+            for turn in range(len(turns)):
+                if first_within(turn, self.max_tokens) > first:  # full: the next begins with half of itself as context
+                    windows.append(window(first, judged))
+                    first, judged = first_within(turn, self.max_tokens // 2), []
+                judged.append(turn)
+            windows.append(window(first, judged))
+        if long_input == "window":
+            for span in [span for tokens in windows for span in tokens.spans]:
+                if len(blocks[span.turn]) < len(whole[span.turn]):
+                    windows += self._parts(whole[span.turn], span)
+        return tuple(windows)
 
     def _block(self, index: int, role: Role, text: str) -> list[int]:
         try:
@@ -81,6 +92,16 @@ class ChatTokenizer:
             return block
         head = room // 2
         return block[:head] + block[head - room :]
+
+    def _parts(self, block: list[int], span: Span) -> Iterator[Tokens]:
+        """A turn that is too long for any window in overlapping parts, each rendered as a turn by itself."""
+        header = self._headers[span.role]
+        text = block[len(header) : -len(self._end + self._gap)]
+        room = self.max_tokens - len(header) - len(self._end)
+        step = room - room // _OVERLAP
+        for start in range(0, len(text) - room + step, step):
+            ids = (*header, *text[start : start + room], *self._end)
+            yield Tokens(ids, (replace(span, start=0, end=len(ids)),))
 
     def _id(self, token: str) -> int:
         found = self._tokenizer.token_to_id(token)

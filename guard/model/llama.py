@@ -129,10 +129,13 @@ class Llama:
         self._pass = kernels.compile(self._blocks)
 
     @torch.inference_mode()
-    def read(self, sequences: Sequence[Sequence[int]], reads: Sequence[Sequence[int]]) -> Tensor:
+    def read(
+        self, sequences: Sequence[Sequence[int]], reads: Sequence[Sequence[int]], columns: int | None = None
+    ) -> Tensor:
         """What the head makes of the hidden states after the final norm; float32 [sum of reads, ...], on the CPU.
 
-        `sequences` are token ids, one list a sequence; `reads[i]` are the positions to read of sequence i, in order.
+        `sequences` are token ids, one list a sequence; `reads[i]` are the positions to read of sequence i, in order;
+        `columns` are how many of the head's are wanted, by default all.
         The sequences stand in one row without padding between them; only the end of the row is padded to a bucket.
         """
         lengths = [len(sequence) for sequence in sequences]
@@ -150,7 +153,7 @@ class Llama:
             return torch.tensor(values, dtype=torch.int32).to(self.device, non_blocking=True)
 
         out: Tensor = self._pass(*map(on_device, (ids, positions, bounds, wanted)))
-        return out[:count].cpu()
+        return out[:count, :columns].cpu()
 
     def _blocks(self, ids: Tensor, positions: Tensor, bounds: Tensor, wanted: Tensor) -> Tensor:
         """ids, positions [T], bounds [S + 1], wanted [R], all int32 -> float32 [R, ...]."""

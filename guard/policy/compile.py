@@ -11,7 +11,9 @@ from typing import NamedTuple
 from guard.policy.calibration import Calibration, Unresolvable
 from guard.policy.rules import Matcher, Rule, words
 from guard.policy.schema import ON_ERROR, CategorySpec, PolicySpec, RoleName, RuleSpec, Scoring, ThresholdsSpec
-from guard.types import HAZARDS, Action, Reply, Role, Scores
+from guard.types import HAZARDS, Action, Head, LongInput, Reply, Role, Scores
+
+NO_HEADS: Mapping[str, Head] = MappingProxyType({})
 
 
 class Threshold(NamedTuple):
@@ -30,7 +32,8 @@ Thresholds = Mapping[Role, tuple[Threshold, ...]]
 class Category:
     """One thing a policy looks for; `hazards` is empty where the overall `unsafe` score is used.
 
-    `weights` are those of the hazards, where the scoring is weighted.
+    A category with examples has one, the name of its head, or its own name as long as none is fitted. `weights` are
+    those of the hazards, where the scoring is weighted.
     """
 
     name: str
@@ -83,7 +86,8 @@ class Policy:
     """A policy; its `revision` is a hash of all that a verdict depends on or shows, whatever file and name it has.
 
     `on_error` has every role. `history` is how many earlier turns are context; None is all that fit. Under a policy in
-    `shadow` all is judged and told, and the action is ALLOW.
+    `shadow` all is judged and told, and the action is ALLOW. `own` are the heads of categories with examples, by
+    category; None where none is fitted yet.
     """
 
     name: str
@@ -95,16 +99,33 @@ class Policy:
     overlays: tuple[Overlay, ...] = ()
     history: int | None = None
     shadow: bool = False
+    long_input: LongInput = "head-tail"
+    own: Mapping[str, Head | None] = field(default_factory=lambda: NO_HEADS)
     matcher: Matcher = field(default=Matcher(()), compare=False, repr=False)
 
     def overlaid(self, metadata: Mapping[str, str]) -> tuple[Overlay, ...]:
         """The overlays that apply to a request with that metadata, in the order in which they win."""
         return tuple(overlay for overlay in reversed(self.overlays) if overlay.applies(metadata))
 
+    def scores(self, given: Mapping[str, float]) -> Scores:
+        """Scores as people write them: by `unsafe`, hazards and categories with examples; what is left out is 0."""
+        named = {self._code(name): score for name, score in given.items()}
+        asked = {code: 0.0 for category in self.categories for code in category.hazards}
+        return Scores(named.pop("unsafe", 0.0), dict.fromkeys(HAZARDS, 0.0) | asked | named)
 
-def compile_policy(name: str, spec: PolicySpec, calibration: Calibration | None = None) -> Policy:
-    """The served form of a checked policy; `calibration` is needed where a threshold is a target."""
-    compiler = _Compiler(spec, calibration or Calibration())
+    def _code(self, name: str) -> str:
+        head = self.own.get(name)
+        return head.name if head else name
+
+
+def compile_policy(
+    name: str, spec: PolicySpec, calibration: Calibration | None = None, heads: Mapping[str, Head] = NO_HEADS
+) -> Policy:
+    """The served form of a checked policy, with those of the heads that its categories with examples have.
+
+    `calibration` is needed where a threshold is a target.
+    """
+    compiler = _Compiler(spec, calibration or Calibration(), heads)
     categories = tuple(compiler.category(*item) for item in spec.categories.items())
     rules = tuple(compiler.rule(*item) for item in spec.rules.items())
     overlays = tuple(
@@ -119,6 +140,7 @@ def compile_policy(name: str, spec: PolicySpec, calibration: Calibration | None 
         "description": spec.description,
         "mode": spec.mode,
         "history": spec.history,
+        "long_input": spec.long_input,
         "on_error": on_error,
         "categories": {category.name: category for category in categories},
         "rules": {rule.name: rule for rule in rules},
@@ -134,13 +156,15 @@ def compile_policy(name: str, spec: PolicySpec, calibration: Calibration | None 
         overlays,
         spec.history,
         spec.mode == "shadow",
+        spec.long_input,
+        MappingProxyType({name: heads.get(name) for name, one in spec.categories.items() if one.examples}),
         Matcher(rules),
     )
 
 
 def unknown_hazards(policy: Policy, scored: Collection[str]) -> tuple[str, ...]:
     """The hazards that the policy asks for and a model that scores only `scored` does not know, in order."""
-    asked = {code for category in policy.categories for code in category.hazards}
+    asked = {code for category in policy.categories if category.name not in policy.own for code in category.hazards}
     return tuple(sorted(asked.difference(scored)))
 
 
@@ -149,6 +173,8 @@ def resolve(calibration: Calibration, role: Role, spec: CategorySpec, threshold:
     if isinstance(threshold, float):
         return threshold
     ((target, share),) = threshold.items()
+    if spec.examples:
+        raise Unresolvable("a number, as `guard policy fit` finds it, since no model was measured on your own category")
     if spec.score in ("weighted", "any"):
         raise Unresolvable(f"a number, since what is measured is no `score: {spec.score}`")
     return calibration.threshold(role, tuple(spec.hazards) or ("unsafe",), target, share)
@@ -158,9 +184,12 @@ def resolve(calibration: Calibration, role: Role, spec: CategorySpec, threshold:
 class _Compiler:
     spec: PolicySpec
     calibration: Calibration
+    heads: Mapping[str, Head]
 
     def category(self, name: str, spec: CategorySpec) -> Category:
         own = sorted(set(spec.hazards) - HAZARDS.keys())
+        if spec.examples:
+            own = [self.heads[name].name if name in self.heads else name]
         hazards = (*(code for code in HAZARDS if code in spec.hazards), *own)  # in this order, whatever the author's
         weights = tuple(spec.hazards[code] for code in hazards) if isinstance(spec.hazards, dict) else ()
         thresholds = self.thresholds(spec, spec.thresholds)

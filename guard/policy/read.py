@@ -1,7 +1,7 @@
 """A policy file from disk to its checked form, with every problem in it said in the words of its author."""
 
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
@@ -14,8 +14,10 @@ from guard.errors import PolicyError
 from guard.policy.calibration import Calibration
 from guard.policy.check import check
 from guard.policy.document import KEY, Document, Loc, Read, read_file
+from guard.policy.heads import check_examples
 from guard.policy.messages import found, one_of
 from guard.policy.schema import NAME, TAGS, FragmentSpec, PolicySpec
+from guard.types import Head
 
 _PROBABILITY = "a number from 0 to 1"
 # What was expected, by pydantic's type of error, in the words of YAML.
@@ -45,10 +47,14 @@ _Spec = TypeVar("_Spec", bound=BaseModel)
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """A policy as its files have it, those that it includes merged in; `warnings` are lines like those of problems."""
+    """A policy as its files have it, those that it includes merged in; `warnings` are lines like those of problems.
+
+    `heads` are those beside it, by category.
+    """
 
     spec: PolicySpec
     warnings: tuple[str, ...]
+    heads: Mapping[str, Head]
 
 
 def read_policy(path: Path, calibration: Calibration | None = None, read: Read = read_file) -> Reading:
@@ -64,8 +70,9 @@ def read_policy(path: Path, calibration: Calibration | None = None, read: Read =
     spec = own.model_copy(update=dict(files.merged(path, own)))
     if isinstance(document.data, dict):
         check(spec, files, calibration or Calibration())
+    heads = check_examples(spec, path, files, read)
     files.raise_problems()
-    return Reading(spec, tuple(line for one in files.documents for line in one.warnings))
+    return Reading(spec, tuple(line for one in files.documents for line in one.warnings), heads)
 
 
 def checked(document: Document, kind: type[_Spec], defaults: dict[str, Any]) -> _Spec:

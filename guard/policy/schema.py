@@ -24,7 +24,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from guard.types import HAZARDS
+from guard.types import HAZARDS, LongInput
 
 ON_ERROR: Mapping[str, Literal["allow", "block"]] = MappingProxyType(
     {"user": "allow", "agent": "block", "system": "allow", "tool": "block"}
@@ -35,6 +35,8 @@ ON_ERROR: Mapping[str, Literal["allow", "block"]] = MappingProxyType(
 NAME = r"[a-z][a-z0-9-]*"
 OWN_HAZARD = rf"(?!unsafe$){NAME}"
 """What a model may call a category that it was taught beside the taxonomy, see guard.training.head."""
+EXAMPLES = r"[\w-][\w.-]*\.(csv|jsonl)(\.gz)?"
+"""How a file of examples is named, which lies beside the policy."""
 FRAGMENT = rf"{NAME}_include\.yaml"
 """How a file is named that policies of its directory include."""
 
@@ -51,6 +53,12 @@ def _hazard(code: str) -> str:
         known = (*HAZARDS, "the name of a category of the model's own")
         raise PydanticCustomError("hazard", "a hazard code", {"known": known})
     return code
+
+
+def _examples(name: str) -> str:
+    if not re.fullmatch(EXAMPLES, name):
+        raise PydanticCustomError("examples", "a .csv or .jsonl file beside the policy")
+    return name
 
 
 def _something(value: object) -> object:
@@ -138,6 +146,16 @@ class CategorySpec(Spec):
         "1 - (1 - p1)(1 - p2)…. unsafe: the model's overall score, that a turn is unsafe in any way; such a category "
         "lists no hazards.",
     )
+    examples: Annotated[
+        str | None,
+        BeforeValidator(_something),
+        AfterValidator(_examples),
+        Field(json_schema_extra={"type": "string", "pattern": f"^{EXAMPLES}$"}),
+    ] = Field(
+        default=None,
+        description="A file beside the policy, .csv or .jsonl, of some 200 turns that are labelled 1 where they are of "
+        "the category and 0 where they are not; in place of hazards. `guard policy fit` teaches the model from them.",
+    )
     hazards: Annotated[
         Annotated[dict[HazardCode, Weight], Tag("<mapping>")] | Annotated[tuple[HazardCode, ...], Tag("<other>")],
         Discriminator(_form),
@@ -159,6 +177,12 @@ class CategorySpec(Spec):
     @classmethod
     def _feeds(cls, hazards: Any, info: ValidationInfo) -> Any:
         score = info.data.get("score")  # absent where it is itself wrong
+        if "examples" not in info.data:
+            return hazards
+        if info.data["examples"]:
+            if hazards or score not in ("max", None):
+                raise PydanticCustomError("feeds", "neither hazards nor another score beside `examples`")
+            return hazards
         if score == "unsafe" and hazards:
             raise PydanticCustomError("feeds", "no hazards beside `score: unsafe`")
         if score == "weighted" and not (isinstance(hazards, dict) and hazards):
@@ -166,7 +190,7 @@ class CategorySpec(Spec):
         if score in ("max", "any") and isinstance(hazards, dict):
             raise PydanticCustomError("feeds", "a list of hazard codes, or `score: weighted` beside their weights")
         if score in ("max", "any") and not hazards:
-            raise PydanticCustomError("feeds", "hazard codes, or `score: unsafe` in their place")
+            raise PydanticCustomError("feeds", "hazard codes, or `examples` or `score: unsafe` in their place")
         if len(set(hazards)) < len(hazards):
             raise PydanticCustomError("repeated", "each hazard once", {"found": ", ".join(hazards)})
         return hazards
@@ -252,6 +276,11 @@ class PolicySpec(Spec):
     history: Annotated[int | None, BeforeValidator(_something), Field(ge=0)] = Field(
         default=None,
         description="How many earlier turns the model reads as context; all that fit, where it is not written.",
+    )
+    long_input: LongInput = Field(
+        default="head-tail",
+        description="How a turn that is longer than the model reads at once is read. head-tail: its beginning and its "
+        "end, in one pass. window: these, and all of it in overlapping parts; of each score the highest counts.",
     )
     on_error: dict[RoleName, Literal["allow", "block"]] = Field(
         default_factory=dict,

@@ -15,11 +15,16 @@ _NOT_POLICIES = ("_test.yaml", "_include.yaml")
 
 
 class PolicyStore:
-    """An immutable snapshot of policies by name; `default` names the one that is meant by an empty name."""
+    """An immutable snapshot of policies by name; `default` names the one that is meant by an empty name.
+
+    `heads` are those of all its policies: whatever policy a turn is judged by, it is scored for all, so that its scores
+    can be judged by another.
+    """
 
     def __init__(self, policies: Iterable[Policy], default: str) -> None:
         self._by_name = {policy.name: policy for policy in sorted(policies, key=lambda policy: policy.name)}
         self.policies = tuple(self._by_name.values())
+        self.heads = tuple({head: None for policy in self.policies for head in policy.own.values() if head})
         self.default = default
         if default not in self._by_name:
             raise ConfigError(
@@ -80,7 +85,8 @@ def policy_files(directory: Path, bundle: Bundle | None = None) -> list[Path]:
 
 def load_policy(path: Path, calibration: Calibration | None = None, read: Read = read_file) -> Policy:
     """One policy, named as its file is. Raises PolicyError with every problem in it."""
-    return compile_policy(path.stem, read_policy(path, calibration, read).spec, calibration)
+    reading = read_policy(path, calibration, read)
+    return compile_policy(path.stem, reading.spec, calibration, reading.heads)
 
 
 def _is_policy(name: str) -> bool:

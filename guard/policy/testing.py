@@ -47,7 +47,7 @@ class CaseSpec(Spec):
     text: str | None = None
     before: tuple[dict[RoleName, str], ...] = Field(default=(), description="Earlier turns, such as {user: Hello}.")
     scores: dict[str, Probability] | None = Field(
-        default=None, description="`unsafe` and hazard codes; those that are not written are 0."
+        default=None, description="`unsafe`, hazard codes, categories with examples; those that are not written are 0."
     )
     metadata: dict[Text, Text] = Field(default_factory=dict)
     expect: ExpectSpec | None = Field(default=None, description="May be left out until --update has recorded it.")
@@ -159,8 +159,7 @@ def update(result: Result) -> int:
 def _run(case: CaseSpec, policy: Policy, views: Views, model: Model | None) -> Outcome:
     role = Role(case.role)
     if case.scores is not None:
-        codes = HAZARDS.keys() | {code for category in policy.categories for code in category.hazards}
-        scores = Scores(case.scores.get("unsafe", 0.0), {code: case.scores.get(code, 0.0) for code in codes})
+        scores = policy.scores(case.scores)
     elif model is not None:
         scores = model(_conversation(case), case.metadata)
     else:
@@ -209,7 +208,8 @@ def _listed(names: Iterable[str]) -> str:
 def _impossible(case: CaseSpec, policy: Policy) -> Iterator[tuple[Loc, str]]:
     """What no verdict of the policy on such a turn can hold, and scores that it does not look at."""
     role, overlays = Role(case.role), policy.overlaid(case.metadata)
-    known = ["unsafe", *HAZARDS, *sorted({code for one in policy.categories for code in one.hazards} - HAZARDS.keys())]
+    fed = {code for one in policy.categories if one.name not in policy.own for code in one.hazards}
+    known = ["unsafe", *HAZARDS, *sorted({*fed, *policy.own} - HAZARDS.keys())]
     for code in case.scores or {}:
         if code not in known:
             yield ("scores", code), one_of(known, code)

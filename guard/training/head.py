@@ -1,10 +1,10 @@
-"""A category of one's own: one more output of a model, learned on its frozen hidden state from some 200 rows."""
+"""A category of one's own: one more output, learned on a model's frozen hidden state from some 200 rows."""
 
 import re
 from collections.abc import Sequence
 from itertools import accumulate, groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,12 +28,19 @@ _STRENGTHS = (0.001, 0.01, 0.1, 1.0)  # of the fit to the rows, against small we
 _TOKENS = 512  # of a batch
 
 
+class Learned(NamedTuple):
+    """p = sigmoid(weight · hidden + bias), and the `metrics` of heads that had not seen the rows which they scored."""
+
+    weight: Floats  # [hidden]
+    bias: float
+    metrics: dict[str, Any]
+
+
 def add_category(base: Path, examples: Sequence[Example], category: str, out: Path, name: str | None) -> dict[str, Any]:
     """Writes the model directory `out`: `base` with one more output, the probability that a turn is of `category`.
 
-    `unsafe` says of an example that it is; `name` is the new model's, None for that of `base`. Returns `metrics` of
-    heads that had not seen the rows which they scored: each row is held out of one of five. The head that is written
-    is fitted on all rows. Raises ConfigError where base, rows or category cannot be used.
+    `unsafe` says of an example that it is; `name` is the new model's, None for that of `base`. Returns the metrics of
+    what `learn` makes of them. Raises ConfigError where base, rows or category cannot be used.
     """
     if not re.fullmatch(OWN_HAZARD, category):
         raise ConfigError(f"category {category!r}: expected lower-case letters, digits and hyphens, and not unsafe")
@@ -42,7 +49,20 @@ def add_category(base: Path, examples: Sequence[Example], category: str, out: Pa
     checkpoint = read_checkpoint(base)
     if category in checkpoint.hazards:
         raise ConfigError(f"{base}: scores {category} already")
+    learned = learn(checkpoint, examples, category)
+    extend_checkpoint(checkpoint, out, category, torch.tensor(learned.weight), torch.tensor(learned.bias), name)
+    return learned.metrics
+
+
+def learn(checkpoint: Checkpoint, examples: Sequence[Example], category: str) -> Learned:
+    """A head that tells which examples are `unsafe`, here of the category; fitted on all rows.
+
+    Its probabilities are calibrated on scores of heads that had not seen the row: each is held out of one of five.
+    Raises ConfigError where there are too few rows of either label, or one with both.
+    """
     rows = list({(example.conversation, example.unsafe): example for example in examples}.values())
+    if twice := len(rows) - len({example.conversation for example in rows}):
+        raise ConfigError(f"{category}: expected one label for each text, found {twice} with both")
     belongs = [example.unsafe for example in rows]
     if min(inside := sum(belongs), outside := len(belongs) - sum(belongs)) < _FEWEST:
         raise ConfigError(
@@ -56,12 +76,14 @@ def add_category(base: Path, examples: Sequence[Example], category: str, out: Pa
         scoring="neg_log_loss",
         cv=_FOLDS,
     )
-    held_out = cross_val_predict(search, hidden, belongs, cv=_FOLDS, method="predict_proba")[:, 1]
+    held_out = cross_val_predict(search, hidden, belongs, cv=_FOLDS, method="decision_function")[:, None]
+    platt = LogisticRegression().fit(held_out, belongs)
+    slope, offset = float(platt.coef_[0, 0]), float(platt.intercept_[0])
     scaler, head = search.fit(hidden, belongs).best_estimator_
     weight = head.coef_[0] / scaler.scale_
     bias = head.intercept_[0] - weight @ scaler.mean_
-    extend_checkpoint(checkpoint, out, category, torch.tensor(weight), torch.tensor(bias), name)
-    return metrics(held_out, np.array(belongs))
+    found = metrics(platt.predict_proba(held_out)[:, 1], np.array(belongs))
+    return Learned(slope * weight, slope * float(bias) + offset, found)
 
 
 def _hidden(checkpoint: Checkpoint, examples: Sequence[Example]) -> Floats:

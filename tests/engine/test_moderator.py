@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from types import MappingProxyType
 from zlib import crc32
 
@@ -21,12 +22,13 @@ from guard.policy.schema import PolicySpec
 from guard.policy.store import PolicyStore
 from guard.settings import Settings
 from guard.telemetry import Telemetry
-from guard.types import Action, Conversation, Decision, Lane, ModelInfo, Revision, Role, Scores, Tokens, Turn
+from guard.types import Action, Conversation, Decision, Lane, LongInput, ModelInfo, Revision, Role, Scores, Tokens, Turn
 from tests.stand_ins import LENIENT, POLICY
 
 WINDOW = 48
 TOKENIZER = ChatTokenizer(Settings().model / "tokenizer.json", WINDOW)
 ON_ERROR = {Role.USER: Action.ALLOW, Role.AGENT: Action.BLOCK, Role.SYSTEM: Action.FLAG, Role.TOOL: Action.BLOCK}
+WHOLE = replace(POLICY, name="whole", long_input="window")
 PARTIAL = Policy("partial", "0" * 16, "Differs by role.", (), MappingProxyType(ON_ERROR))
 SAID = (
     Turn(Role.SYSTEM, "You are a helpful assistant."),
@@ -56,8 +58,8 @@ class CausalModel:
         self.fails = False
         self.passes: list[int] = []  # windows in each
 
-    def tokenise(self, conversation: Conversation) -> tuple[Tokens, ...]:
-        return TOKENIZER.tokenise(conversation)
+    def tokenise(self, conversation: Conversation, long_input: LongInput = "head-tail") -> tuple[Tokens, ...]:
+        return TOKENIZER.tokenise(conversation, long_input)
 
     def score(self, batch: Sequence[Tokens]) -> list[tuple[Scores, ...]]:
         self.passes.append(len(batch))
@@ -89,7 +91,9 @@ def undisguised(said: tuple[Turn, ...]) -> tuple[Turn, ...]:
 
 @contextmanager
 def moderator(model: Classifier, max_queue_seconds: float = 3600) -> Iterator[Moderator]:
-    policies = PolicyStore([POLICY, LENIENT, PARTIAL, RULED], "default")
+    policies = PolicyStore(
+        [POLICY, LENIENT, PARTIAL, RULED, replace(POLICY, name="whole", long_input="window")], "default"
+    )
     telemetry = Telemetry.start("critical")
     made = Moderator(model, policies, telemetry, max_batch_tokens=64, max_queue_seconds=max_queue_seconds)
     try:
@@ -144,6 +148,31 @@ async def test_a_long_conversation_is_read_in_windows_that_say_what_they_saw() -
     totals = [verdict.coverage.total for verdict in decision.verdicts]
     assert totals == sorted(set(totals))
     assert totals[-1] > 300 * 5
+
+
+@given(turns, st.sampled_from(Role), st.integers(0, 200), st.none() | st.just(0))
+def test_all_of_a_long_turn_counts_where_a_policy_asks_for_it(
+    said: tuple[Turn, ...], role: Role, words: int, target: int | None
+) -> None:
+    """Each turn is judged once, by the highest scores of all its parts; the coverage then misses nothing of it."""
+    conversation = Conversation((Turn(role, " ".join(map(str, range(words)))), *said), target)
+    ends, whole = judge(conversation).verdicts, judge(conversation, "whole").verdicts
+    assert [verdict.turn for verdict in whole] == [verdict.turn for verdict in ends]
+    windows = [
+        TOKENIZER.tokenise(replace(conversation, turns=view), "window")
+        for view in (conversation.turns, undisguised(conversation.turns))
+    ]
+    for verdict, other in zip(whole, ends, strict=True):
+        read = [
+            scores_after(tokens.ids[: span.end])
+            for tokens in {tokens for view in windows for tokens in view}
+            for span in tokens.spans
+            if span.turn == verdict.turn
+        ]
+        assert verdict.scores == highest(read)
+        assert verdict.coverage.total == other.coverage.total
+        assert verdict.coverage.seen >= other.coverage.seen
+    assert whole[0].coverage.seen == whole[0].coverage.total
 
 
 @pytest.mark.parametrize("policy", ["partial", "default"])

@@ -88,3 +88,36 @@ def test_a_lone_surrogate_is_refused_by_its_place() -> None:
     with pytest.raises(InputError, match=r"^turns\[1\]\.text: is not valid Unicode") as caught:
         CHAT.tokenise(Conversation((Turn(Role.USER, "fine"), Turn(Role.USER, "secret \ud800")), None))
     assert "secret" not in str(caught.value)
+
+
+@given(turns, st.sampled_from(Role), st.integers(0, 300), st.none() | st.integers(0, 12))
+def test_all_of_a_long_turn_is_read_in_overlapping_parts(
+    said: tuple[Turn, ...], role: Role, words: int, target: int | None
+) -> None:
+    """Beside what is read of it without them; the coverage then counts all of the turn."""
+    said = (*said, Turn(role, "word " * words))
+    conversation = Conversation(said, None if target is None else min(target, len(said) - 1))
+    plain, windows = SMALL.tokenise(conversation), SMALL.tokenise(conversation, "window")
+    assert [tokens.ids for tokens in windows[: len(plain)]] == [tokens.ids for tokens in plain]
+    parts = [(tokens.ids, tokens.spans) for tokens in windows[len(plain) :]]
+    for tokens in plain:
+        for span in tokens.spans:
+            (alone,) = CHAT.tokenise(Conversation((said[span.turn],), 0))
+            (empty,) = CHAT.tokenise(Conversation((Turn(span.role, ""),), 0))
+            *header, end = empty.ids
+            text = alone.ids[len(header) : -1]
+            room = SMALL.max_tokens - len(empty.ids)
+            read = [ids for ids, (own,) in parts if own.turn == span.turn]
+            assert bool(read) == (len(text) > room)
+            for number, ids in enumerate(read):
+                first = number * (room - room // 4)
+                assert ids == (*header, *text[first : first + room], end)
+                assert (first + room >= len(text)) == (number == len(read) - 1)
+    covered = {span.turn: span.coverage for tokens in plain for span in tokens.spans}
+    for tokens in windows:
+        for span in tokens.spans:
+            assert tokens.ids[span.end - 1] == END
+            coverage = covered[span.turn]
+            left_out = 0 if all(own.turn != span.turn for _, (own,) in parts) else coverage.total - coverage.seen
+            assert coverage.seen <= span.coverage.seen <= coverage.seen + left_out
+            assert (span.coverage.seen > coverage.seen) == bool(left_out)

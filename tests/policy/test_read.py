@@ -41,7 +41,7 @@ def test_a_good_file_is_read_as_written(tmp_path: Path) -> None:
     assert steps == {"user": (("flag", 0.5, None), ("block", 0.9, None)), "agent": (("block", 1.0, None),)}
 
 
-TOP = "description, include, mode, history, on_error, replies, rules, categories, overlays"
+TOP = "description, include, mode, history, long_input, on_error, replies, rules, categories, overlays"
 
 # Each replaces one piece of the good file by one mistake.
 MISTAKES = {
@@ -56,8 +56,8 @@ MISTAKES = {
         "    title: Hate",
         "    titel: Hate",
         "p.yaml:4:3: categories.hate.title: expected a value, found nothing\n"
-        "p.yaml:5:5: categories.hate.titel: expected one of title, definition, score, hazards, thresholds, found "
-        "'titel'; did you mean title?",
+        "p.yaml:5:5: categories.hate.titel: expected one of title, definition, score, examples, hazards, thresholds, "
+        "found 'titel'; did you mean title?",
     ),
     "unknown hazard": (
         "X1]",
@@ -143,7 +143,7 @@ MISTAKES = {
     "nothing feeds a category": (
         "    hazards: [S10, X1]\n",
         "",
-        "p.yaml:4:3: categories.hate.hazards: expected hazard codes, or `score: unsafe` in their place, "
+        "p.yaml:4:3: categories.hate.hazards: expected hazard codes, or `examples` or `score: unsafe` in their place, "
         "found an empty list",
     ),
     "two things feed a category": (

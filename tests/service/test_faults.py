@@ -22,7 +22,7 @@ from guard.errors import Expired, Unanswered
 from guard.policy.store import PolicyStore
 from guard.service.server import load_moderator
 from guard.settings import Settings
-from guard.types import Conversation, Role, Scores, Tokens, Turn
+from guard.types import Conversation, LongInput, Role, Scores, Tokens, Turn
 from guard.v1 import moderation_pb2 as pb
 from tests.conftest import Running, health_of, run_server, serve_classifier, until
 
@@ -43,8 +43,8 @@ class FaultyModel:
         self.passes: list[int] = []  # requests of each
         self._model = model
 
-    def tokenise(self, conversation: Conversation) -> tuple[Tokens, ...]:
-        tokens = self._model.tokenise(conversation)
+    def tokenise(self, conversation: Conversation, long_input: LongInput = "head-tail") -> tuple[Tokens, ...]:
+        tokens = self._model.tokenise(conversation, long_input)
         self.tokenised += 1
         return tokens
 
