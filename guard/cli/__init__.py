@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from guard.cli import client, policy, replay
+from guard.cli import client, fit, policy, replay
 from guard.cli.calibrate import calibrate, quantize
 from guard.cli.check import check
 from guard.cli.evaluate import evaluate
@@ -34,6 +34,7 @@ app = typer.Typer(
 app.command()(serve)
 app.command()(check)
 app.add_typer(client.app)
+policy.app.command()(fit.fit)
 policy.app.command()(replay.replay)
 policy.app.command()(replay.diff)
 app.add_typer(policy.app)
