@@ -13,6 +13,7 @@ from guard.policy.read import read_policy
 from guard.policy.store import load_policy, policy_files
 from guard.policy.testing import files_of, policy_of, run
 from guard.settings import Settings
+from guard.training.formats import read_examples
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -91,15 +92,21 @@ def examples() -> dict[str, str]:
 
 
 def test_every_example_of_the_policy_guide_works(tmp_path: Path) -> None:
-    """Each is a policy without problems and without warnings, a part of one, or tests that pass."""
+    """Each is a policy without problems, a part of one, or tests that pass; the one that warns is shown to."""
     files = examples()
     assert len(files) == GUIDE.count("```yaml") > 10
     for name, content in files.items():
         (tmp_path / name).write_text(content, encoding="utf-8")
+    (table,) = re.findall(r"```\n(text,label\n.*?)```", GUIDE, re.DOTALL)
+    (tmp_path / "rivals.csv").write_text(table, encoding="utf-8")
+    assert {example.unsafe for example in read_examples(tmp_path / "rivals.csv")} == {True, False}
     calibration = Calibration.read(Settings().model)
+    warnings = []
     for path in policy_files(tmp_path):
-        assert read_policy(path, calibration).warnings == ()
+        warnings += read_policy(path, calibration).warnings
         assert load_policy(path, calibration).name == path.stem
+    (unlearned,) = warnings
+    assert f"warning: {unlearned.replace(f'{tmp_path}/', '')}\n" in GUIDE
     (tests,) = files_of(tmp_path)
     result = run(tests, load_policy(policy_of(tests), calibration), lambda text: {text, undisguise(text)})
     assert (len(result.outcomes), result.failed, result.skipped, result.untested) == (5, 0, 1, ())
