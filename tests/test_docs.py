@@ -101,7 +101,7 @@ def test_every_example_of_the_policy_guide_works(tmp_path: Path) -> None:
     (tmp_path / "rivals.csv").write_text(table, encoding="utf-8")
     assert {example.unsafe for example in read_examples(tmp_path / "rivals.csv")} == {True, False}
     calibration = Calibration.read(Settings().model)
-    warnings = []
+    warnings: list[str] = []
     for path in policy_files(tmp_path):
         warnings += read_policy(path, calibration).warnings
         assert load_policy(path, calibration).name == path.stem

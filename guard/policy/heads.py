@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.numpy import load, save_file
+from safetensors.numpy import load, save
 
 from guard.errors import ConfigError, PolicyError
 from guard.policy.check import Report
@@ -65,9 +65,9 @@ def write_heads(policy: Path, heads: Mapping[str, Head]) -> None:
     tensors |= {f"{category}.bias": np.array([head.bias], np.float32) for category, head in heads.items()}
     said = {name: json.dumps({"model": head.model, "examples": head.examples}) for name, head in heads.items()}
     try:
-        save_file(tensors, path, said)
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{path}: cannot be written: {error}") from None
+        path.write_bytes(save(tensors, said))  # save_file would leave it to be read by its owner alone
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def digest(examples: Path, read: Read = read_file) -> str | None:

@@ -55,3 +55,23 @@ def test_the_schema_takes_the_language_and_no_mistake(tmp_path: Path, piece: str
     assert piece in WHOLE
     path.write_text(WHOLE.replace(piece, mistake, 1))
     assert not VALIDATOR.is_valid(plain(path))
+
+
+@pytest.mark.parametrize(
+    ("piece", "mistake"),
+    [
+        ("long_input: window", "long_input: windows"),
+        ("examples: own.csv", "examples: ../own.csv"),
+        ("examples: own.csv", "examples: own.xlsx"),
+        ("examples: own.csv", "examples: "),
+    ],
+)
+def test_the_schema_takes_what_one_is_taught(tmp_path: Path, piece: str, mistake: str) -> None:
+    """A category with examples, and the two ways to read what is long."""
+    own = "description: D\nlong_input: window\ncategories:\n  own:\n    title: Own\n    examples: own.csv\n"
+    own += "    thresholds: {user: {block: 0.5}}\n"
+    path = tmp_path / "own.yaml"
+    path.write_text(own)
+    VALIDATOR.validate(plain(path))
+    path.write_text(own.replace(piece, mistake))
+    assert not VALIDATOR.is_valid(plain(path))

@@ -121,6 +121,7 @@ def test_the_revision_is_that_of_the_content(tmp_path: Path) -> None:
         ("agent:", "tool:"),
         ("{flag: 0.4}", "{block: 0.4}"),
         ("categories:", "on_error: {user: block}\ncategories:"),
+        ("categories:", "long_input: window\ncategories:"),
     ],
 )
 def test_what_changes_a_verdict_changes_the_revision(tmp_path: Path, piece: str, other: str) -> None:
