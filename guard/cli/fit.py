@@ -97,7 +97,8 @@ def fit(
     )
     if not fitted and not notes:
         raise ConfigError("no threshold of the policy is asked for")
-    _show(fitted)
+    if fitted:
+        _show(fitted)
     for note in (*notes, *(_doubt(one, target) for one in fitted if _rows(one, target) < one.needed)):
         typer.echo(f"warning: {note}")
     _write(policy, reading.spec, fitted, dry_run=dry_run)
