@@ -1,4 +1,4 @@
-"""Clients of a Guard server: asynchronous, and a synchronous twin.
+"""Clients of a Guard server: asynchronous, and a synchronous twin; and one for its operators.
 
     async with Client("localhost:50051") as guard:
         answer = await guard.check([("user", "Hello!")])
@@ -15,8 +15,9 @@ from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from threading import Lock
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypedDict, TypeVar, Unpack
 
 import grpc
@@ -24,8 +25,10 @@ from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
-from guard.errors import Expired, GuardError, InputError, NotFound, Overloaded, Unanswered, Unauthenticated
+from guard.errors import Expired, GuardError, InputError, NotFound, Overloaded, PolicyError, Unanswered, Unauthenticated
+from guard.v1 import admin_pb2 as admin_pb
 from guard.v1 import moderation_pb2 as pb
+from guard.v1.admin_pb2_grpc import AdminStub
 from guard.v1.moderation_pb2_grpc import ModerationStub
 
 if TYPE_CHECKING:  # there in the types alone
@@ -35,6 +38,8 @@ TurnLike = pb.Turn | tuple[str, str]
 """A turn, or its role ("user", "agent", "system" or "tool") and text."""
 
 _Item = TypeVar("_Item")
+_Sent = TypeVar("_Sent")
+_Got = TypeVar("_Got")
 _Request = TypeVar("_Request", pb.CheckRequest, pb.CheckConversationRequest)
 
 _ROLES = {"user": pb.ROLE_USER, "agent": pb.ROLE_AGENT, "system": pb.ROLE_SYSTEM, "tool": pb.ROLE_TOOL}
@@ -213,8 +218,8 @@ class Client:
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 
-class SyncClient:
-    """The same as Client, for code without an event loop; may be shared by threads."""
+class _Sync:
+    """A connection for code without an event loop; may be shared by threads."""
 
     def __init__(
         self,
@@ -226,7 +231,6 @@ class SyncClient:
         retries: bool = True,
     ) -> None:
         self._channel: grpc.Channel = _open(grpc, target, tls, retries)
-        self._stub: ModerationStub = ModerationStub(self._channel)
         self._metadata = _metadata(token)
         self._timeout = timeout
 
@@ -240,6 +244,14 @@ class SyncClient:
 
     def close(self) -> None:
         self._channel.close()
+
+
+class SyncClient(_Sync):
+    """The same as Client, for code without an event loop; may be shared by threads."""
+
+    @cached_property
+    def _stub(self) -> ModerationStub:
+        return ModerationStub(self._channel)
 
     def check(self, turns: Iterable[TurnLike] | pb.CheckRequest, **options: Unpack[CheckOptions]) -> pb.CheckResponse:
         with _translated():
@@ -297,6 +309,53 @@ class SyncClient:
         with _translated():
             answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=self._timeout)
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+class AdminClient(_Sync):
+    """Rolls policies out on a server; asks for a token of the server's `admin_tokens_file`.
+
+    An empty name is that of the default policy; an empty `revision` is whichever candidate is there.
+    """
+
+    def stage(
+        self,
+        policy: str,
+        text: str,
+        includes: Mapping[str, str] = MappingProxyType({}),
+        *,
+        percent: float = 0.0,
+        ttl_seconds: int = 0,
+    ) -> admin_pb.Rollout:
+        """Puts a candidate beside the live revision; `includes` are the files that it names, 0 seconds are a day.
+
+        Raises PolicyError with a line for each problem, and InputError where the two cannot stand together.
+        """
+        request = admin_pb.StageRequest(
+            policy=policy, text=text, includes=includes, percent=percent, ttl_seconds=ttl_seconds
+        )
+        return self._call(self._stub.Stage, request).rollout
+
+    def promote(self, policy: str = "", revision: str = "") -> admin_pb.Rollout:
+        request = admin_pb.PromoteRequest(policy=policy, revision=revision)
+        return self._call(self._stub.Promote, request).rollout
+
+    def withdraw(self, policy: str = "", revision: str = "") -> admin_pb.Rollout:
+        request = admin_pb.WithdrawRequest(policy=policy, revision=revision)
+        return self._call(self._stub.Withdraw, request).rollout
+
+    def rollback(self, policy: str = "") -> admin_pb.Rollout:
+        return self._call(self._stub.Rollback, admin_pb.RollbackRequest(policy=policy)).rollout
+
+    def rollouts(self) -> admin_pb.ListRolloutsResponse:
+        return self._call(self._stub.ListRollouts, admin_pb.ListRolloutsRequest())
+
+    @cached_property
+    def _stub(self) -> AdminStub:
+        return AdminStub(self._channel)
+
+    def _call(self, method: "grpc.UnaryUnaryMultiCallable[_Sent, _Got]", request: _Sent) -> _Got:
+        with _translated():
+            return method(request, timeout=self._timeout, metadata=self._metadata)
 
 
 class _Asked:
@@ -415,4 +474,6 @@ def _error(error: Any) -> GuardError:
         return Expired()
     if code is grpc.StatusCode.UNAUTHENTICATED:
         return Unauthenticated()
+    if code is grpc.StatusCode.INVALID_ARGUMENT:  # all that names no field
+        return PolicyError(message)
     return Unanswered(f"{code.name}: {message}")

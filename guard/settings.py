@@ -28,7 +28,7 @@ from guard.errors import ConfigError
 _PACKAGE = Path(__file__).parent
 _PREFIX = "GUARD_"
 _CONFIG = "GUARD_CONFIG"
-_NOT_OURS = {_CONFIG, "GUARD_SERVER", "GUARD_TOKEN"}  # names the file; read by the client's commands
+_NOT_OURS = {_CONFIG, "GUARD_SERVER", "GUARD_TOKEN", "GUARD_ADMIN_TOKEN"}  # names the file; read by other commands
 # What Kubernetes puts into the environment of every pod beside a Service called guard, or guard-something.
 _SERVICE_LINK = re.compile(r"GUARD_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)\w*)?)")
 
@@ -60,9 +60,11 @@ class Settings(BaseModel):
     http: Address = "0.0.0.0:9090"
     """Where /metrics and /healthz are served."""
     policies: DirectoryPath = _shipped_policies()
-    """Directory of policies; by default those that come with Guard."""
+    """Directory of policies, which are read again on change; by default those that come with Guard."""
     policies_key: FilePath | None = None
     """Public key, PEM, that the policies must be signed by, see `guard policy sign`; needs the extra `crypto`."""
+    policies_poll_seconds: PositiveFloat = 5.0
+    """How often to look for changes of policies that nobody tells of, as on network file systems."""
     model: DirectoryPath = _PACKAGE / "model" / "default"
     """Directory of a model; by default the embedded one."""
     default_policy: str = "default"
@@ -94,6 +96,8 @@ class Settings(BaseModel):
     """Authorities, PEM, one of which must have signed a client's certificate."""
     tokens_file: FilePath | None = None
     """API tokens, a `name:token` a line; anyone may call without it."""
+    admin_tokens_file: FilePath | None = None
+    """The same for the service by which policies are rolled out; it is not there without it."""
     client_rate: NonNegativeFloat = 0.0
     """Requests a second that each client may make in the long run; 0 sets no limit."""
     client_burst: PositiveInt = 100

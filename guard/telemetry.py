@@ -32,8 +32,8 @@ class Metrics:
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"guard_{name}", text, labels, registry=registry)
 
-        def gauge(name: str, text: str) -> Gauge:
-            return Gauge(f"guard_{name}", text, registry=registry)
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(f"guard_{name}", text, labels, registry=registry)
 
         def histogram(name: str, text: str, *labels: str, buckets: tuple[float, ...] = _SECONDS) -> Histogram:
             return Histogram(f"guard_{name}", text, labels, buckets=buckets, registry=registry)
@@ -56,6 +56,25 @@ class Metrics:
         self.batch_requests = histogram("batch_requests", "Requests of one pass.", buckets=_POWERS_OF_TWO)
         self.batch_tokens = histogram("batch_tokens", "Tokens of one pass.", buckets=_POWERS_OF_TWO)
         self.model_failures = counter("model_failures", "Passes of the model that failed.")
+        self.policy_info = gauge(
+            "policy_info", "1 for each revision, live or candidate.", "policy", "revision", "stage"
+        )
+        self.policies_differ = gauge("policies_differ", "1 where the policies in force are not those of the directory.")
+        self.policy_reloads = counter(
+            "policy_reloads",
+            "Readings of the policies directory, by outcome: changed, unchanged or refused.",
+            "outcome",
+        )
+        self.candidate_verdicts = counter(
+            "candidate_verdicts",
+            "Verdicts by a candidate and the live revision, by who answered: live or candidate.",
+            *("policy", "revision", "answered"),
+        )
+        self.candidate_flips = counter(
+            "candidate_flips",
+            "In what a candidate and the live revision differ: of verdict, a category or a rule, the action of each.",
+            *("policy", "revision", "about", "live", "candidate"),
+        )
         self.decision_log_written = counter("decision_log_written", "Verdicts that the decision log holds.")
         self.decision_log_dropped = counter(
             "decision_log_dropped",

@@ -210,6 +210,15 @@ class Revision:
 
 
 @dataclass(frozen=True, slots=True)
+class Beside:
+    """Of a live policy and its candidate, what the one that does not answer says about the same turns."""
+
+    policy: Revision
+    verdicts: tuple[Verdict, ...]
+    is_candidate: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Decision:
     """The answer to one request: a verdict for each judged turn, under one policy and one model."""
 
@@ -218,6 +227,7 @@ class Decision:
     policy: Revision
     model: Revision
     timings: Timings = field(default_factory=Timings)
+    beside: Beside | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import signal
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from grpc_reflection.v1alpha.reflection_pb2_grpc import ServerReflectionStub
 
 from guard.client import Client
 from guard.policy.store import PolicyStore
-from guard.service.moderation import Judge
+from guard.service.judge import Judge
 from guard.service.server import Server
 from guard.settings import Settings
 from guard.telemetry import Telemetry
@@ -89,11 +90,13 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 @asynccontextmanager
-async def run_server(load: Callable[[Settings, Telemetry], Judge], **options: Any) -> AsyncIterator[Running]:
+async def run_server(
+    load: Callable[[Settings, Telemetry], Judge], clock: Callable[[], float] = time.time, **options: Any
+) -> AsyncIterator[Running]:
     settings = Settings.load({"listen": "localhost:0", "http": "localhost:0", "drain_seconds": 5} | options, {})
     log = io.StringIO()
     telemetry = Telemetry.start("debug", stream=log)
-    async with Server(settings, telemetry, lambda: load(settings, telemetry)) as server:
+    async with Server(settings, telemetry, lambda: load(settings, telemetry), clock) as server:
         target = f"localhost:{server.grpc_port}"
         async with Client(target, timeout=120, retries=False) as client, grpc.aio.insecure_channel(target) as channel:
             yield Running(server, log, client, channel)
@@ -102,7 +105,13 @@ async def run_server(load: Callable[[Settings, Telemetry], Judge], **options: An
 @asynccontextmanager
 async def _serve(**options: Any) -> AsyncIterator[Service]:
     judge = WordJudge()
-    async with run_server(lambda settings, telemetry: judge, **options) as running:
+
+    def load(settings: Settings, _: Telemetry) -> Judge:
+        if "policies" in options:
+            judge.policies = PolicyStore.load(settings.policies, settings.default_policy)
+        return judge
+
+    async with run_server(load, **options) as running:
         yield Service(**vars(running), judge=judge)
 
 

@@ -5,12 +5,14 @@ import itertools
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from guard.errors import Draining, Expired, Overloaded
-from guard.policy.compile import Category, Policy, Threshold
+from guard.errors import Draining, Expired, Overloaded, PolicyError
+from guard.policy.calibration import Calibration
+from guard.policy.compile import Category, Policy, Threshold, unknown_hazards
 from guard.policy.decide import NO_METADATA, decide, decide_without_scores
 from guard.policy.store import PolicyStore
 from guard.types import (
     Action,
+    Beside,
     Conversation,
     Coverage,
     Decision,
@@ -49,6 +51,7 @@ class WordJudge:
 
     def __init__(self) -> None:
         self.model = MODEL
+        self.calibration: Calibration | None = None
         self.policies = PolicyStore([POLICY, LENIENT], "default")
         self.gate = asyncio.Event()
         self.started = asyncio.Semaphore(0)  # one permit for every request that came to the gate
@@ -68,13 +71,15 @@ class WordJudge:
         lane: Lane = Lane.INTERACTIVE,
         deadline: float | None = None,
         metadata: Mapping[str, str] = NO_METADATA,
+        conversation_id: str = "",
     ) -> Decision:
         if self._draining:
             raise Draining
         self.lanes.append(lane)
         self.deadlines.append(deadline)
         self.metadata.append(dict(metadata))
-        chosen = self.policies.get(policy)
+        id = f"decision-{next(self._ids)}"
+        choice = self.policies.choose(policy, conversation_id or id)
         self.running += 1
         try:
             last = conversation.turns[-1 if conversation.target is None else conversation.target]
@@ -82,9 +87,20 @@ class WordJudge:
         finally:
             self.running -= 1
         judged = range(len(conversation.turns)) if conversation.target is None else [conversation.target]
-        verdicts = tuple(self._verdict(chosen, index, conversation.turns[index]) for index in judged)
-        revision = Revision(chosen.name, chosen.revision)
-        return Decision(f"decision-{next(self._ids)}", verdicts, revision, MODEL.revision, Timings(0.25, 0.5, 1.0))
+
+        def judged_by(policy: Policy) -> tuple[Revision, tuple[Verdict, ...]]:
+            verdicts = tuple(self._verdict(policy, index, conversation.turns[index]) for index in judged)
+            return Revision(policy.name, policy.revision), verdicts
+
+        revision, verdicts = judged_by(choice.policy)
+        beside = None if choice.beside is None else Beside(*judged_by(choice.beside), not choice.is_candidate)
+        return Decision(id, verdicts, revision, MODEL.revision, Timings(0.25, 0.5, 1.0), beside)
+
+    async def adopt(self, policies: PolicyStore) -> None:
+        for policy in policies.judging:
+            if unknown := unknown_hazards(policy, MODEL.hazards):
+                raise PolicyError(f"policy {policy.name}: words does not score {', '.join(unknown)}")
+        self.policies = policies
 
     async def _misbehave(self, text: str) -> None:
         if "busy once" in text and len(self.lanes) == 1:

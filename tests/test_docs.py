@@ -43,7 +43,7 @@ def typed(pattern: str) -> Iterator[str]:
 
 def test_documented_commands_exist() -> None:
     """Every `guard …` command of the README is one."""
-    names = set(typed(r"(?:^|\s|/)(guard (?:client |policy )?[a-z]+)\b(?! &&)"))
+    names = set(typed(r"(?:^|\s|/)(guard (?:client |policy |rollout )?[a-z]+)\b(?! &&)"))
     assert {"guard serve", "guard client check"} <= names
     assert names - commands().keys() == set()
 

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from guard.cli import client, fit, policy, replay
+from guard.cli import client, fit, policy, replay, rollout
 from guard.cli.calibrate import calibrate, quantize
 from guard.cli.check import check
 from guard.cli.evaluate import evaluate
@@ -39,6 +39,7 @@ policy.app.command()(replay.replay)
 policy.app.command()(replay.diff)
 app.add_typer(policy.app)
 app.command()(unseal)
+app.add_typer(rollout.app)
 app.command()(train)
 app.command()(distill)
 app.command()(evaluate)

@@ -1,15 +1,14 @@
 """`guard client …`: the same answers from a running server, and thousands of them at once."""
 
-import inspect
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import typer
 
 from guard.cli import options
+from guard.cli.connection import connected
 from guard.errors import InputError
 
 if TYPE_CHECKING:
@@ -20,40 +19,13 @@ app = typer.Typer(name="client", help="Ask a running server.", no_args_is_help=T
 _WRONG = {3, 5}  # INVALID_ARGUMENT and NOT_FOUND: another try would not help
 
 
-def _pem(help: str) -> Any:
-    return typer.Option(help=help, exists=True, dir_okay=False, show_default=False)
+def _client() -> "type[SyncClient]":
+    from guard.client import SyncClient
+
+    return SyncClient
 
 
-def _connect(
-    server: Annotated[str, typer.Option(envvar="GUARD_SERVER", metavar="HOST:PORT")] = "127.0.0.1:50051",
-    token: Annotated[str | None, typer.Option(envvar="GUARD_TOKEN", show_default=False)] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds to wait for an answer.")] = 10.0,
-    tls: Annotated[bool, typer.Option("--tls", help="Encrypt, and trust the authorities of this machine.")] = False,
-    tls_ca: Annotated[Path | None, _pem("Encrypt, and trust these authorities instead.")] = None,
-    tls_cert: Annotated[Path | None, _pem("Certificate of this client, for mutual TLS.")] = None,
-    tls_key: Annotated[Path | None, _pem("Its key.")] = None,
-) -> "SyncClient":
-    """The client that the options describe."""
-    from guard.client import SyncClient, Tls
-
-    files = (tls_ca, tls_cert, tls_key)
-    pems = (file.read_bytes() if file else None for file in files)
-    return SyncClient(server, token=token, tls=Tls(*pems) if tls or any(files) else None, timeout=timeout)
-
-
-def _command(ask: Callable[..., int]) -> Callable[..., int]:
-    """Adds a command with the parameters of `ask` and of `_connect`, that exits with what `ask` returns."""
-    shared = inspect.signature(_connect).parameters
-    own = [parameter for name, parameter in inspect.signature(ask).parameters.items() if name != "client"]
-
-    def command(**given: Any) -> None:
-        with _connect(**{name: given.pop(name) for name in shared}) as client:
-            raise typer.Exit(ask(client, **given))
-
-    command.__doc__ = ask.__doc__
-    command.__signature__ = inspect.Signature([*own, *shared.values()])  # type: ignore[attr-defined]
-    app.command(ask.__name__)(command)
-    return ask
+_command = connected(app, _client, "GUARD_TOKEN")
 
 
 @_command

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from guard.types import HAZARDS
+from guard.v1 import admin_pb2 as admin_pb
 from guard.v1 import moderation_pb2 as pb
 
 Checked = pb.CheckResponse | pb.CheckConversationResponse
@@ -112,6 +113,15 @@ def policies(response: pb.ListPoliciesResponse) -> None:
                 table.add_row(category.name, role, *levels, " ".join(category.hazards) or "unsafe")
         console.print(Text(policy.name, style="bold"), f"{policy.revision}{default}. {policy.description}")
         console.print(table)
+
+
+def flips(candidate: admin_pb.Candidate) -> Table:
+    """What a candidate changes."""
+    table = columns("about", "live", "candidate", "verdicts", "share")
+    for flip in candidate.flips:
+        share = flip.count / candidate.verdicts
+        table.add_row(flip.about, _action(flip.live), _action(flip.candidate), f"{flip.count:,}", f"{share:.3%}")
+    return table
 
 
 def _scores(verdict: pb.Verdict) -> Table:

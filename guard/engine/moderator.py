@@ -24,6 +24,7 @@ from guard.policy.store import PolicyStore
 from guard.settings import Settings
 from guard.telemetry import Telemetry
 from guard.types import (
+    Beside,
     Conversation,
     Decision,
     Head,
@@ -66,13 +67,15 @@ class Moderator:
         max_batch_tokens: int,
         max_queue_seconds: float,
         thread: Executor | None = None,
+        calibration: Calibration | None = None,
     ) -> None:
-        """`thread` is the one that the model was loaded on, if there is one.
+        """`thread` is the one that the model was loaded on, if there is one; `calibration` is the model's.
 
         Blocks until the model has warmed up. Raises ConfigError for a policy that this model cannot serve."""
         self.model = classifier.info
+        self.calibration = calibration
         self.policies = policies
-        for policy in policies.policies:
+        for policy in policies.judging:
             check_model(policy, self.model)
         self._tokenise = classifier.tokenise
         self._tokenising = ThreadPoolExecutor(1, thread_name_prefix="tokenise")
@@ -107,7 +110,17 @@ class Moderator:
             max_batch_tokens=settings.max_batch_tokens or _BATCH_TOKENS[device],
             max_queue_seconds=settings.max_queue_seconds,
             thread=thread,
+            calibration=calibration,
         )
+
+    async def adopt(self, policies: PolicyStore) -> None:
+        """Judges by these from the next request on; those under way keep to what they began with.
+
+        Raises ConfigError for a policy that this model cannot serve, and keeps to what was in force.
+        """
+        for policy in policies.judging:
+            check_model(policy, self.model)
+        self.policies = policies
 
     async def judge(
         self,
@@ -117,24 +130,29 @@ class Moderator:
         lane: Lane = Lane.INTERACTIVE,
         deadline: float | None = None,
         metadata: Mapping[str, str] = NO_METADATA,
+        conversation_id: str = "",
     ) -> Decision:
         """Verdicts for the turns that the conversation asks for, under one policy from start to end.
 
-        `metadata` is what the policy's overlays are chosen by. Where a text is disguised, a view of the conversation
-        without disguises is scored in the same batch, and each score is the higher one of the two; the coverage is that
-        of the conversation as it is. A rule matches in either view.
+        Where the policy has a candidate, both judge, from the same scores, and `conversation_id` decides which of them
+        answers. `metadata` is what the policy's overlays are chosen by.
+        Where a text is disguised, a view of the conversation without disguises is scored in the same batch, and each
+        score is the higher one of the two; the coverage is that of the conversation as it is. A rule matches in either
+        view.
         `deadline` is in time.monotonic() seconds. Raises InputError, NotFound, Draining, Overloaded and Expired; where
         the model fails, the policy's on_error or a stricter rule answers and the verdict is degraded. Cancelling drops
         the request.
         """
+        id = uuid.uuid4().hex
         policies = self.policies
-        rules = policies.get(policy)
+        choice = policies.choose(policy, conversation_id or id)
+        judges = (choice.policy,) if choice.beside is None else (choice.policy, choice.beside)
         size = min(sum(len(turn.text) for turn in conversation.turns) // _TOKEN_CHARACTERS, self.model.max_tokens)
         started = time.monotonic()
         with self._batcher.arriving(lane, size):  # refuses before anything is spent
             loop = asyncio.get_running_loop()
             raw, plain, hits = await loop.run_in_executor(
-                self._tokenising, self._read, conversation, rules, policies.heads
+                self._tokenising, self._read, conversation, judges, policies.heads
             )
         timings = Timings(tokenise=time.monotonic() - started)
         readings: dict[int, list[Scores | None]] = defaultdict(list)
@@ -150,38 +168,42 @@ class Moderator:
             for turn, own in zip(turns, scores, strict=True):
                 readings[turn].append(own)
             lane = Lane.BULK  # the rest of a long conversation waits its turn, and is no longer refused
-        spans = {span.turn: span for tokens in raw for span in tokens.spans}  # the parts of a turn say the same
+        # The parts of a long turn say the same of it.
+        spans = {span.turn: span for tokens in raw for span in tokens.spans}.values()
+        found = [_highest(readings[span.turn]) for span in spans]
+        verdicts = [
+            tuple(
+                _verdict(judge, conversation.turns[span.turn].role, span, scores, hits[span.turn][place], metadata)
+                for span, scores in zip(spans, found, strict=True)
+            )
+            for place, judge in enumerate(judges)
+        ]
+        revisions = [Revision(judge.name, judge.revision) for judge in judges]
         return Decision(
-            id=uuid.uuid4().hex,
-            verdicts=tuple(
-                _verdict(
-                    rules,
-                    conversation.turns[span.turn].role,
-                    span,
-                    _highest(readings[span.turn]),
-                    hits.get(span.turn, frozenset()),
-                    metadata,
-                )
-                for span in spans.values()
-            ),
-            policy=Revision(rules.name, rules.revision),
+            id=id,
+            verdicts=verdicts[0],
+            policy=revisions[0],
             model=self.model.revision,
             timings=timings,
+            beside=None if choice.beside is None else Beside(revisions[1], verdicts[1], not choice.is_candidate),
         )
 
     def _read(
-        self, conversation: Conversation, policy: Policy, heads: tuple[Head, ...]
-    ) -> tuple[tuple[Tokens, ...], tuple[Tokens, ...], Mapping[int, frozenset[str]]]:
-        """The windows of the conversation as it is; where it is disguised, those that read otherwise without; and the
-        rules that match a judged turn in either view."""
-        raw = self._windows(conversation, policy, heads)
+        self, conversation: Conversation, policies: Sequence[Policy], heads: tuple[Head, ...]
+    ) -> tuple[tuple[Tokens, ...], tuple[Tokens, ...], Mapping[int, tuple[frozenset[str], ...]]]:
+        """The windows of the conversation as it is; where it is disguised, those that read otherwise without; and for
+        each judged turn the rules of each policy that match it in either view. The policies read the same windows."""
+        raw = self._windows(conversation, policies[0], heads)
         turns = tuple(replace(turn, text=undisguise(turn.text)) for turn in conversation.turns)
         judged = dict.fromkeys(span.turn for tokens in raw for span in tokens.spans)
         views = ({conversation.turns[turn].text, turns[turn].text} for turn in judged)
-        hits = {turn: found for turn, texts in zip(judged, views, strict=True) if (found := policy.matcher.hits(texts))}
+        hits = {
+            turn: tuple(policy.matcher.hits(texts) for policy in policies)
+            for turn, texts in zip(judged, views, strict=True)
+        }
         if turns == conversation.turns:
             return raw, (), hits
-        plain = self._windows(replace(conversation, turns=turns), policy, heads)
+        plain = self._windows(replace(conversation, turns=turns), policies[0], heads)
         return raw, tuple(tokens for tokens in plain if tokens not in raw), hits
 
     def _windows(self, conversation: Conversation, policy: Policy, heads: tuple[Head, ...]) -> tuple[Tokens, ...]:

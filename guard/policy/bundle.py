@@ -54,21 +54,20 @@ class Bundle:
 
 
 class Signatures:
-    """Opens directories that were signed by the owner of one key, and none that is older than the one in force.
-
-    Which that is, is forgotten with the process; whoever must end old bundles for good changes the key.
-    """
+    """Opens directories that were signed by the owner of one key."""
 
     def __init__(self, key: Path) -> None:
         """`key` is public, in PEM. Raises ConfigError where it is none."""
         from guard.keys import verifier
 
         self._verify = verifier(key)
-        self._newest = datetime.min.replace(tzinfo=UTC)
 
-    def open(self, directory: Path) -> Bundle:
-        """Reads every file, once. Raises ConfigError with every reason not to use any of them, one a line."""
-        manifest = self._manifest(directory)
+    def open(self, directory: Path, newest: datetime | None = None) -> Bundle:
+        """Reads every file, once; `newest` is when what is in force was signed, than which nothing may be older.
+
+        Raises ConfigError with every reason not to use any of them, one a line.
+        """
+        manifest = self._manifest(directory, newest)
         names, files, problems = _names(directory), dict[str, bytes](), list[str]()
         for name in sorted(names | manifest.files.keys()):
             signed = manifest.files.get(name)
@@ -84,11 +83,7 @@ class Signatures:
             raise ConfigError("\n".join(problems))
         return Bundle(manifest.signed, files)
 
-    def keep_to(self, bundle: Bundle) -> None:
-        """Refuses, from now on, what was signed before it."""
-        self._newest = bundle.signed
-
-    def _manifest(self, directory: Path) -> _Manifest:
+    def _manifest(self, directory: Path, newest: datetime | None) -> _Manifest:
         path = directory / MANIFEST
         content = _content(path, _MAX_MANIFEST)
         if not self._verify(_content(directory / SIGNATURE, _SIGNATURE_BYTES + 1), content):
@@ -97,8 +92,8 @@ class Signatures:
             manifest = _Manifest.model_validate_json(content)
         except ValidationError:
             raise ConfigError(f"{path}: expected a manifest of policies in the form that this version reads") from None
-        if manifest.signed < self._newest:
-            raise ConfigError(f"{path}: was signed at {manifest.signed}, before what is in force, {self._newest}")
+        if newest is not None and manifest.signed < newest:
+            raise ConfigError(f"{path}: was signed at {manifest.signed}, before what is in force, {newest}")
         return manifest
 
 

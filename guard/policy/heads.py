@@ -41,7 +41,9 @@ def read_heads(policy: Path, read: Read = read_file) -> dict[str, Head]:
     try:
         content = read(path, -1)
         tensors, header = load(content), int.from_bytes(content[:8], "little")
-        metadata = json.loads(content[8 : 8 + header]).get("__metadata__", {})  # which safetensors reads from files alone
+        metadata = json.loads(content[8 : 8 + header]).get(
+            "__metadata__", {}
+        )  # which safetensors reads from files alone
         return {
             category: make_head(
                 category,

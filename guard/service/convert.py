@@ -49,6 +49,10 @@ def _to_role(index: int, role: pb.Role.ValueType) -> Role:
     return _ROLES[role]
 
 
+def from_action(action: Action) -> pb.Action.ValueType:
+    return _ACTIONS_ON_WIRE[action]
+
+
 def from_decision(decision: Decision, detail: pb.ScoreDetail.ValueType) -> pb.CheckResponse:
     """The answer to a CheckRequest; the decision has one verdict."""
     (verdict,) = decision.verdicts

@@ -15,7 +15,7 @@ from guard.policy.store import PolicyStore
 from guard.service.lines import Lines, rotating, standard_output
 from guard.settings import Settings
 from guard.telemetry import Telemetry
-from guard.types import Conversation, Decision, Scores, Turn, Verdict, Violation
+from guard.types import Beside, Conversation, Decision, Scores, Turn, Verdict, Violation
 
 _VERDICT = 4096  # characters that a verdict takes while it waits, beside its text
 
@@ -45,7 +45,7 @@ class Entry(NamedTuple):
         decision = self.decision
         time = datetime.fromtimestamp(self.time, UTC).isoformat(timespec="microseconds")
         conversation = salt.hash("conversation", self.conversation_id) if self.conversation_id else None
-        for verdict, turn in zip(decision.verdicts, self.judged, strict=True):
+        for place, (verdict, turn) in enumerate(zip(decision.verdicts, self.judged, strict=True)):
             fields = {
                 "time": time,
                 "id": decision.id,
@@ -64,6 +64,7 @@ class Entry(NamedTuple):
                     "queue": round(decision.timings.queue * 1000, 3),
                     "model": round(decision.timings.model * 1000, 3),
                 },
+                **_from_beside(decision.beside, place),
             }
             yield json.dumps(fields, separators=(",", ":"))
 
@@ -94,7 +95,7 @@ class DecisionLog:
             return
         asked = {
             key: value
-            for policy in policies.policies
+            for policy in policies.judging
             for overlay in policy.overlays
             for key, value in overlay.when
             if metadata.get(key) == value
@@ -129,6 +130,15 @@ def _from_verdict(verdict: Verdict) -> Mapping[str, Any]:
         "degraded": verdict.degraded,
         "shadow": verdict.shadow,
     }
+
+
+def _from_beside(beside: Beside | None, place: int) -> Mapping[str, Any]:
+    """Of a roll-out: what the one that did not answer says."""
+    if beside is None:
+        return {}
+    verdict = _from_verdict(beside.verdicts[place])
+    said = {"revision": beside.policy.revision, "action": verdict["action"], "violations": verdict["violations"]}
+    return {"candidate" if beside.is_candidate else "live": said}
 
 
 def _from_violation(violation: Violation) -> Mapping[str, Any]:

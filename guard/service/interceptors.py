@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 # Probes carry no token, and must not use up anyone's rate.
 _OPEN = "/grpc.health.v1.Health/"
+_ADMIN = "guard.v1.Admin/"
 
 # Of a call's line in the log; INFO for every other end.
 _LEVELS = {grpc.StatusCode.OK: logging.DEBUG, grpc.StatusCode.INTERNAL: logging.ERROR}
@@ -48,12 +49,19 @@ class Calls(grpc.aio.ServerInterceptor):
 
     Health is open to all; everything else, reflection included, asks for a token where there are `tokens`. A call of a
     client beyond its rate is refused; the requests of a stream beyond it wait. During a drain what is new is refused,
-    and a stream ends once what was read of it is answered.
+    and a stream ends once what was read of it is answered. Calls of the admin service ask for a token of its own.
     """
 
-    def __init__(self, telemetry: Telemetry, tokens: Tokens | None = None, limit: RateLimit | None = None) -> None:
+    def __init__(
+        self,
+        telemetry: Telemetry,
+        tokens: Tokens | None = None,
+        limit: RateLimit | None = None,
+        admin_tokens: Tokens | None = None,
+    ) -> None:
         self._telemetry = telemetry
         self._tokens = tokens
+        self._admin_tokens = admin_tokens
         self._limit = limit
         self._handlers: dict[str, _Handler] = {}
         self._running = 0
@@ -125,7 +133,7 @@ class Calls(grpc.aio.ServerInterceptor):
             with self._span(call, context) as span:
                 try:
                     if guarded:
-                        call.client = self._identify(context)
+                        call.client = self._identify(call, context)
                         if self._draining.done():
                             raise Draining
                     yield call
@@ -152,11 +160,12 @@ class Calls(grpc.aio.ServerInterceptor):
             return nullcontext()
         return tracing.span(call.method, _headers(context))
 
-    def _identify(self, context: _Context) -> str:
+    def _identify(self, call: _Call, context: _Context) -> str:
         """The name of the caller's token or else of its certificate, or else its address."""
-        if self._tokens is not None:
+        tokens = self._admin_tokens if call.method.startswith(_ADMIN) else self._tokens
+        if tokens is not None:
             scheme, _, token = _headers(context).get("authorization", "").partition(" ")
-            return self._tokens.name_of(token if scheme.lower() == "bearer" else "")
+            return tokens.name_of(token if scheme.lower() == "bearer" else "")
         for name in context.auth_context().get("x509_common_name", ()):
             return name.decode()
         return unquote(context.peer()).rpartition(":")[0]
@@ -188,10 +197,11 @@ class Calls(grpc.aio.ServerInterceptor):
 
     def _record(self, call: _Call, code: grpc.StatusCode, seconds: float, failure: Exception | None) -> None:
         metrics, log = self._telemetry.metrics, self._telemetry.log
+        is_admin = call.method.startswith(_ADMIN)  # who changes what is in force is always told
         metrics.calls.labels(call.method, code.name).inc()
         metrics.call_seconds.labels(call.method).observe(seconds)
         log.log(
-            _LEVELS.get(code, logging.INFO),
+            logging.INFO if is_admin else _LEVELS.get(code, logging.INFO),
             "call",
             method=call.method,
             code=code.name,

@@ -8,41 +8,20 @@ from typing import Any, Protocol, TypeVar
 
 import grpc
 
-from guard.errors import InputError, Loading
-from guard.policy.decide import NO_METADATA
+from guard.errors import InputError
 from guard.policy.store import PolicyStore
 from guard.service import convert
+from guard.service.rollout import Rollout
 from guard.service.status import reason_of, to_item_error
 from guard.settings import Settings
 from guard.telemetry import Telemetry
-from guard.types import Conversation, Decision, Lane, ModelInfo
+from guard.types import Conversation, Decision, Lane
 from guard.v1 import moderation_pb2 as pb
 from guard.v1.moderation_pb2_grpc import ModerationServicer
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 _Item = TypeVar("_Item")
 _Answer = TypeVar("_Answer")
-
-
-class Judge(Protocol):
-    """What the service asks of the engine."""
-
-    model: ModelInfo
-    policies: PolicyStore
-
-    async def judge(
-        self,
-        conversation: Conversation,
-        *,
-        policy: str = "",
-        lane: Lane = Lane.INTERACTIVE,
-        deadline: float | None = None,
-        metadata: Mapping[str, str] = NO_METADATA,
-    ) -> Decision: ...
-
-    async def drain(self) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class Journal(Protocol):
@@ -61,13 +40,15 @@ class Journal(Protocol):
 
 
 class Moderation(ModerationServicer):
-    """Answers with Loading until `judge` is set."""
+    """Answers with Loading until the roll-out is started."""
 
-    def __init__(self, settings: Settings, telemetry: Telemetry, journals: Sequence[Journal] = ()) -> None:
+    def __init__(
+        self, settings: Settings, telemetry: Telemetry, rollout: Rollout, journals: Sequence[Journal] = ()
+    ) -> None:
         self._settings = settings
         self._telemetry = telemetry
+        self._rollout = rollout
         self._journals = journals
-        self.judge: Judge | None = None
 
     async def Check(self, request: pb.CheckRequest, context: _Context) -> pb.CheckResponse:
         return await self._check(request, Lane.INTERACTIVE, _deadline(context))
@@ -101,13 +82,13 @@ class Moderation(ModerationServicer):
                 yield response
 
     async def GetModel(self, request: pb.GetModelRequest, context: _Context) -> pb.GetModelResponse:
-        return convert.from_model(self._judge().model)
+        return convert.from_model(self._rollout.judge.model)
 
     async def ListPolicies(self, request: pb.ListPoliciesRequest, context: _Context) -> pb.ListPoliciesResponse:
-        return convert.from_policies(self._judge().policies)
+        return convert.from_policies(self._rollout.policies)
 
     async def GetPolicy(self, request: pb.GetPolicyRequest, context: _Context) -> pb.GetPolicyResponse:
-        return pb.GetPolicyResponse(policy=convert.from_policy(self._judge().policies.get(request.name)))
+        return pb.GetPolicyResponse(policy=convert.from_policy(self._rollout.policies.get(request.name)))
 
     async def _check(self, request: pb.CheckRequest, lane: Lane, deadline: float | None) -> pb.CheckResponse:
         return convert.from_decision(await self._decide(request, lane, deadline), request.score_detail)
@@ -116,20 +97,20 @@ class Moderation(ModerationServicer):
         self, request: pb.CheckRequest | pb.CheckConversationRequest, lane: Lane, deadline: float | None
     ) -> Decision:
         conversation = convert.to_conversation(request, self._settings.max_turns)
-        judge = self._judge()
-        policies = judge.policies  # those in force as the request comes, whatever is in force when it is answered
-        decision = await judge.judge(
-            conversation, policy=request.policy, lane=lane, deadline=deadline, metadata=request.metadata
+        policies = self._rollout.policies  # in force as the request comes, whatever is in force when it is answered
+        decision = await self._rollout.judge.judge(
+            conversation,
+            policy=request.policy,
+            lane=lane,
+            deadline=deadline,
+            metadata=request.metadata,
+            conversation_id=request.conversation_id,
         )
         self._telemetry.metrics.decided(decision)
+        self._rollout.decided(decision)
         for journal in self._journals:
             journal.add(decision, conversation, request.conversation_id, request.metadata, policies)
         return decision
-
-    def _judge(self) -> Judge:
-        if self.judge is None:
-            raise Loading
-        return self.judge
 
     def _item_error(self, id: str, error: Exception) -> pb.CheckManyResponse:
         self._telemetry.metrics.refusals.labels(reason_of(error)).inc()

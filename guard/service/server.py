@@ -15,19 +15,23 @@ from grpc_reflection.v1alpha import reflection
 
 from guard.errors import ConfigError
 from guard.service.access import RateLimit, Tokens
+from guard.service.admin import Admin
 from guard.service.capture import Capture
 from guard.service.decision_log import DecisionLog
 from guard.service.http import make_app
 from guard.service.interceptors import Calls
-from guard.service.moderation import Journal, Judge, Moderation
+from guard.service.judge import Judge
+from guard.service.moderation import Journal, Moderation
+from guard.service.rollout import Rollout
 from guard.service.tls import Certificates
 from guard.settings import Settings
 from guard.telemetry import Telemetry, adopt_stdlib_logging
-from guard.v1 import moderation_pb2
+from guard.v1 import admin_pb2, moderation_pb2
+from guard.v1.admin_pb2_grpc import add_AdminServicer_to_server
 from guard.v1.moderation_pb2_grpc import add_ModerationServicer_to_server
 
 _SERVICE = moderation_pb2.DESCRIPTOR.services_by_name["Moderation"].full_name
-_SERVICES = (_SERVICE, health.SERVICE_NAME)
+_ADMIN = admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _LAST_WORDS = 1.0  # seconds for answers that are given but still on their way
 
@@ -35,25 +39,35 @@ _LAST_WORDS = 1.0  # seconds for answers that are given but still on their way
 class Server:
     """The service on its two ports; an asynchronous context manager that is left with a drained server.
 
-    `load` makes the engine; it blocks, and runs on a thread of its own.
+    `load` makes the engine, with the policies of the settings' directory; it blocks, and runs on a thread of its own.
+    `clock` gives Unix seconds.
     """
 
     grpc_port: int
     http_port: int
 
-    def __init__(self, settings: Settings, telemetry: Telemetry, load: Callable[[], Judge]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        telemetry: Telemetry,
+        load: Callable[[], Judge],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         self._settings = settings
         self._log = telemetry.log
         self._load = load
+        self._judge: Judge | None = None
         tokens = Tokens(settings.tokens_file, telemetry.log) if settings.tokens_file else None
+        admin = Tokens(settings.admin_tokens_file, telemetry.log) if settings.admin_tokens_file else None
         limit = RateLimit(settings.client_rate, settings.client_burst) if settings.client_rate else None
         self._journals: list[Journal] = []
         if settings.decision_log:
             self._journals.append(DecisionLog(settings.decision_log, settings, telemetry))
         if settings.capture and settings.capture_key:
             self._journals.append(Capture(settings.capture, settings.capture_key, settings, telemetry))
-        self._moderation = Moderation(settings, telemetry, self._journals)
-        self._calls = Calls(telemetry, tokens, limit)
+        self._rollout = Rollout(settings, telemetry, clock)
+        self._watching: asyncio.Task[None] | None = None
+        self._calls = Calls(telemetry, tokens, limit, admin)
         self._health = health.aio.HealthServicer()
         self._serving = False
         self._grpc = grpc.aio.server(
@@ -63,10 +77,15 @@ class Server:
                 ("grpc.so_reuseport", 0),  # a port that is taken is an error
             ],
         )
-        add_ModerationServicer_to_server(self._moderation, self._grpc)
+        moderation = Moderation(settings, telemetry, self._rollout, self._journals)
+        add_ModerationServicer_to_server(moderation, self._grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
-        reflection.enable_server_reflection((*_SERVICES, reflection.SERVICE_NAME), self._grpc)
-        app = make_app(telemetry.metrics.registry, lambda: self._serving)
+        services = [_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME]
+        if admin is not None:
+            add_AdminServicer_to_server(Admin(self._rollout), self._grpc)
+            services.append(_ADMIN)
+        reflection.enable_server_reflection(services, self._grpc)
+        app = make_app(telemetry.metrics.registry, lambda: self._serving, lambda: self._rollout.differences)
         # A client that owes a part of its request would be waited for beyond `drain_seconds`.
         self._http = web.AppRunner(app, access_log=None, shutdown_timeout=_LAST_WORDS)
 
@@ -110,7 +129,9 @@ class Server:
     async def load(self) -> None:
         """Gets the engine, and only then says SERVING."""
         start = time.perf_counter()
-        self._moderation.judge = judge = await asyncio.to_thread(self._load)
+        self._judge = judge = await asyncio.to_thread(self._load)
+        self._rollout.start(judge)
+        self._watching = asyncio.create_task(self._rollout.watch())
         await self._set_health(True)
         revision = judge.model.revision
         seconds = round(time.perf_counter() - start, 3)
@@ -120,13 +141,16 @@ class Server:
         """NOT_SERVING first; then finishes what is running, for as long as `drain_seconds`; then stops listening."""
         self._log.info("draining")
         self._serving = False
-        judge = self._moderation.judge
+        self._rollout.stop()
+        judge = self._judge
         with suppress(TimeoutError):
             async with asyncio.timeout(self._settings.drain_seconds):
                 await self._health.enter_graceful_shutdown()  # waits for whoever watches to be told
                 await self._calls.drain()
                 if judge is not None:
                     await judge.drain()
+                if self._watching is not None:
+                    await self._watching
         self._calls.end_watches()
         await self._grpc.stop(_LAST_WORDS)
         await self._http.cleanup()

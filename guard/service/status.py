@@ -13,14 +13,18 @@ from guard.errors import (
     Loading,
     NotFound,
     Overloaded,
+    PolicyError,
     Unauthenticated,
 )
 from guard.v1 import moderation_pb2 as pb
+
+_ROOM = 2000  # bytes of a message that may be long
 
 # A kind that is not here is a fault of ours.
 _CODES: dict[type[GuardError], grpc.StatusCode] = {
     InputError: grpc.StatusCode.INVALID_ARGUMENT,
     NotFound: grpc.StatusCode.NOT_FOUND,
+    PolicyError: grpc.StatusCode.INVALID_ARGUMENT,  # of a policy that came with the call
     Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
     Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
     Expired: grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -70,4 +74,19 @@ def _number(error: Exception) -> int:
 
 
 def _message(error: Exception) -> str:
+    if isinstance(error, PolicyError):
+        return _shortened(str(error))
     return "internal error" if code_of(error) is grpc.StatusCode.INTERNAL else str(error)
+
+
+def _shortened(lines: str) -> str:
+    """What of the lines has room in the headers that a status travels in; it is in them twice, and encoded."""
+    kept: list[str] = []
+    room = _ROOM
+    for line in lines.splitlines():
+        room -= len(line.encode())
+        if room < 0 and kept:
+            break
+        kept.append(line)
+    more = len(lines.splitlines()) - len(kept)
+    return "\n".join([*kept, f"and {more} more"] if more else kept)

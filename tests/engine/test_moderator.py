@@ -13,11 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from guard.engine.moderator import Classifier, Moderator
-from guard.errors import ConfigError, InputError, NotFound
+from guard.errors import ConfigError, InputError, NotFound, PolicyError
 from guard.model.chat import ChatTokenizer
 from guard.model.normalise import undisguise
 from guard.policy.compile import Category, Policy, compile_policy
 from guard.policy.decide import decide
+from guard.policy.rollout import Candidate
 from guard.policy.schema import PolicySpec
 from guard.policy.store import PolicyStore
 from guard.settings import Settings
@@ -238,6 +239,32 @@ RULED = compile_policy(
 )
 
 
+TRIED = replace(RULED, name="default", revision="f" * 16, history=None)
+
+
+@pytest.mark.parametrize("percent", [0, 100])
+async def test_a_candidate_judges_beside_the_live_policy_in_one_pass(percent: float) -> None:
+    """From the same scores; each says what it says alone, by its own rules, and one of them answers."""
+    said = Conversation((*SAID, Turn(Role.USER, "b o m b")), None)
+    with moderator(model := CausalModel()) as made:
+        alone, passes = [], []
+        for policy in (POLICY, TRIED):
+            await made.adopt(PolicyStore([policy], "default"))
+            model.passes.clear()
+            alone.append(await made.judge(said))
+            passes.append(model.passes[:])
+        await made.adopt(PolicyStore([POLICY], "default", [Candidate(TRIED, percent, 0.0, b"")]))
+        model.passes.clear()
+        both = await made.judge(said)
+        assert [model.passes, model.passes] == passes
+    assert both.beside is not None
+    assert both.beside.is_candidate == (percent == 0)
+    found = [(both.policy, both.verdicts), (both.beside.policy, both.beside.verdicts)]
+    expected = [(decision.policy, decision.verdicts) for decision in alone]
+    assert found == (expected[::-1] if percent else expected)
+    assert any(verdict.hits for verdict in alone[1].verdicts)
+
+
 async def test_rules_read_the_judged_turn_in_either_view() -> None:
     """Also where it is disguised and where the model fails; what was said in other turns is not looked at."""
     said = (Turn(Role.USER, "A bоmb."), Turn(Role.USER, "Hi!"), Turn(Role.AGENT, "bomb"), Turn(Role.USER, "b o m b"))
@@ -298,6 +325,22 @@ def test_a_policy_over_hazards_that_the_model_lacks_is_refused() -> None:
         Moderator(
             CausalModel(), policies, Telemetry.start("critical"), max_batch_tokens=64, max_queue_seconds=1
         )  # fmt: skip
+
+
+async def test_policies_that_the_model_cannot_score_are_not_adopted() -> None:
+    """Nor such a candidate; what was in force stays."""
+    wide = Policy(
+        "default", "0" * 16, "", (Category("other", "Other", ("S1",), MappingProxyType({})),), POLICY.on_error
+    )
+    with moderator(CausalModel()) as made:
+        before = made.policies
+        for policies in (
+            PolicyStore([wide], "default"),
+            PolicyStore([POLICY], "default", [Candidate(wide, 0.0, 0.0, b"")]),
+        ):
+            with pytest.raises(PolicyError, match=r"^policy default: causal does not score S1$"):
+                await made.adopt(policies)
+        assert made.policies is before
 
 
 async def test_one_pass_scores_every_turn_as_it_is_scored_alone(classifier: Classifier) -> None:

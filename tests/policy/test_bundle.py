@@ -30,8 +30,8 @@ def directory(tmp_path: Path, pair: keys.Pair) -> Path:
     return directory
 
 
-def load(directory: Path, signatures: Signatures) -> PolicyStore:
-    return PolicyStore.load(directory, "whole", CALIBRATION, signatures)
+def load(directory: Path, signatures: Signatures, earlier: PolicyStore | None = None) -> PolicyStore:
+    return PolicyStore.load(directory, "whole", CALIBRATION, signatures, earlier)
 
 
 def refusal(directory: Path, pair: keys.Pair) -> str:
@@ -139,28 +139,27 @@ def test_an_older_bundle_does_not_come_back(directory: Path, pair: keys.Pair) ->
     """What was opened stays open; what was signed before it is refused, however well it is signed."""
     signatures = Signatures(pair.public)
     older = {name: (directory / name).read_bytes() for name in (MANIFEST, SIGNATURE)}
-    load(directory, signatures)
+    earlier = load(directory, signatures)
     sign(directory, pair.private)
-    load(directory, signatures)
-    load(directory, signatures)
+    newer = load(directory, signatures, load(directory, signatures, earlier))
     for name, content in older.items():
         (directory / name).write_bytes(content)
     with pytest.raises(ConfigError, match=re.escape(f"{MANIFEST}: was signed at ")):
-        load(directory, signatures)
+        load(directory, signatures, newer)
 
 
 def test_a_bundle_that_cannot_be_served_ages_nothing(directory: Path, pair: keys.Pair) -> None:
     """What is in force may come back after one that was signed with a mistake in it."""
     signatures = Signatures(pair.public)
-    load(directory, signatures)
+    served = load(directory, signatures)
     good = {path: path.read_bytes() for path in directory.iterdir()}
     write(directory, WHOLE.replace("block: 0.9", "block: 9"))
     sign(directory, pair.private)
     with pytest.raises(PolicyError):
-        load(directory, signatures)
+        load(directory, signatures, served)
     for path, content in good.items():
         path.write_bytes(content)
-    assert load(directory, signatures).policies
+    assert load(directory, signatures, served).policies == served.policies
 
 
 def test_what_is_read_is_what_was_checked(directory: Path, pair: keys.Pair) -> None:

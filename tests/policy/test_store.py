@@ -100,6 +100,24 @@ def test_a_directory_that_cannot_serve_is_refused(directory: Path) -> None:
         PolicyStore.load(directory)
 
 
+def test_what_is_written_in_the_same_words_is_not_compiled_again(directory: Path) -> None:
+    """A changed file is, and so is all where a file that policies include changed."""
+    include = "include: [more_include.yaml]\n"
+    more = "replies: {more: More.}\n"
+    (directory / "more_include.yaml").write_text(more)
+    (directory / "strict.yaml").write_text(include + ONE)
+    first = PolicyStore.load(directory)
+    assert first.files.keys() == {"default.yaml", "kids.yaml", "strict.yaml", "more_include.yaml"}
+    (directory / "kids.yaml").write_text(ONE.replace("0.9", "0.8"))
+    second = PolicyStore.load(directory, earlier=first)
+    kept = [policy.name for policy in second.policies if first.by_name[policy.name] is policy]
+    assert kept == ["default", "strict"]
+    assert second.files["kids.yaml"] != first.files["kids.yaml"]
+    (directory / "more_include.yaml").write_text(more.replace("More.", "Other."))
+    third = PolicyStore.load(directory, earlier=second)
+    assert not any(second.by_name[policy.name] is policy for policy in third.policies)
+
+
 def test_the_revision_is_that_of_the_content(tmp_path: Path) -> None:
     """However a policy is written and named, the same content has the same revision."""
     (tmp_path / "one.yaml").write_text(ONE)

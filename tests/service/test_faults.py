@@ -10,6 +10,7 @@ import threading
 from collections.abc import AsyncIterator, Sequence
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -151,7 +152,7 @@ async def test_scores_that_are_not_numbers(classifier: Classifier, tmp_path: Pat
     (tmp_path / "guard.json").unlink()
     (tmp_path / "guard.json").write_text(json.dumps(manifest))
 
-    options = {"model": tmp_path, "device": "cpu", "dtype": "float32", "max_batch_tokens": 16}
+    options: dict[str, Any] = {"model": tmp_path, "device": "cpu", "dtype": "float32", "max_batch_tokens": 16}
     async with run_server(load_moderator, **options, max_queue_seconds=3600) as service:
         verdict = (await service.client.check([("user", " zebra")])).verdict
         assert (verdict.degraded, verdict.HasField("scores")) == (True, False)
