@@ -85,12 +85,11 @@ class TurnModel(nn.Module):
         config._attn_implementation = "sdpa"
         self.model = LlamaModel(config)
         if rounded:
-            for block in self.model.layers:
-                for part in (block.self_attn, block.mlp):
-                    for name, layer in [*part.named_children()]:
-                        if isinstance(layer, nn.Linear):
-                            size = layer.in_features, layer.out_features
-                            setattr(part, name, _RoundedLinear(*size, bias=layer.bias is not None))
+            for part in [*self.model.layers.modules()]:
+                for name, layer in [*part.named_children()]:
+                    if isinstance(layer, nn.Linear):
+                        size = layer.in_features, layer.out_features
+                        setattr(part, name, _RoundedLinear(*size, bias=layer.bias is not None))
         self.score = nn.Linear(config.hidden_size, 1 + len(HAZARDS))
         nn.init.zeros_(self.score.weight)
         nn.init.constant_(self.score.bias, -3.0)  # most hazards are absent most of the time

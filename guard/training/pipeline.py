@@ -28,7 +28,7 @@ from guard.training.distill import taught
 from guard.training.evaluate import HEADS, Floats, evaluate, thresholds, under
 from guard.training.finetune import Progress, TurnModel, batches, finetune
 from guard.training.processes import first, joined, wait
-from guard.training.quantise import acceptable, agreement, smoothed
+from guard.training.quantise import acceptable, agreement, even
 from guard.training.served import served
 from guard.types import HAZARDS
 
@@ -147,7 +147,7 @@ def release(
     sample = seen[:: max(1, len(seen) // _SMOOTHING_ROWS)]
     save_checkpoint(
         out,
-        tensors=smoothed(model, batches(sample, tokenizer, [MAX_TOKENS], MAX_TOKENS)),
+        tensors=even(model, batches(sample, tokenizer, [MAX_TOKENS], MAX_TOKENS)),
         config=json.loads((trained / "config.json").read_text(encoding="utf-8")),
         tokenizer_json=(trained / "tokenizer.json").read_text(encoding="utf-8"),
         name=name,
@@ -196,10 +196,10 @@ def quantise(model: Path, examples: Sequence[Example], out: Path) -> dict[str, A
     sample = examples[:: max(1, len(examples) // _SMOOTHING_ROWS)]
     whole = load_tensors(model, torch.float32)  # with outputs beyond the taxonomy
     longest = checkpoint.max_tokens
-    even = smoothed(source, batches(sample, tokenizer, [longest], longest))
+    levelled = even(source, batches(sample, tokenizer, [longest], longest))
     save_checkpoint(
         out,
-        tensors=even | {name: whole[name] for name in ("score.weight", "score.bias")},
+        tensors=levelled | {name: whole[name] for name in ("score.weight", "score.bias")},
         config=checkpoint.config,
         tokenizer_json=(model / "tokenizer.json").read_text(encoding="utf-8"),
         name=checkpoint.name,

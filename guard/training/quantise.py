@@ -4,7 +4,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from scipy.fft import dct
+from scipy.linalg import hadamard
 from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
 
@@ -19,17 +22,17 @@ _MOST_AUPRC_LOST = 0.003
 _MOST_VERDICTS_CHANGED = 0.01
 
 
-def smoothed(model: TurnModel, batches: Iterable[Batch]) -> dict[str, Tensor]:
+def even(model: TurnModel, batches: Iterable[Batch]) -> dict[str, Tensor]:
     """The model's tensors, such that it computes the same, but with channels of activations that differ less in size.
 
-    A row of activations is rounded to int8 by one scale, which its largest channel decides. So what is large among the
-    channels on `batches` is divided, and the columns of the weights that meet it are multiplied, by
-    max|activation|^strength / max|weight|^(1 - strength), with the strength that leaves least of a product's error. The
-    divisor goes into the norm, or the rows of the matrix, that the channels come from.
-    Source: SmoothQuant (Xiao et al. 2023), here with values and the gated product, too, and a strength for each place.
+    A row of activations is rounded to int8 by one scale, which its largest channel decides. So the residual stream is
+    rotated, which makes its channels alike (QuaRot: Ashkboos et al., arXiv:2404.00456); and what is large on `batches`
+    among the channels of values and of the gated product is divided in the rows of the matrix that they come from, and
+    multiplied in the columns of the one that they meet (SmoothQuant: Xiao et al., arXiv:2211.10438), by
+    max|activation|^strength / max|weight|^(1 - strength), with the strength that leaves least of a product's error.
     """
     inputs = _inputs(model, batches)
-    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    tensors = _rotated(model)
     config = model.model.config
     kv_heads = config.num_key_value_heads or config.num_attention_heads
     dim = config.hidden_size // config.num_attention_heads
@@ -43,25 +46,42 @@ def smoothed(model: TurnModel, batches: Iterable[Batch]) -> dict[str, Tensor]:
 
     for layer in range(config.num_hidden_layers):
         block = f"model.layers.{layer}"
-
-        def matrices(*names: str, block: str = block) -> list[Tensor]:
-            return [tensors[f"{block}.{name}_proj.weight"] for name in names]
-
-        for norm, names in (
-            ("input_layernorm", ("self_attn.q", "self_attn.k", "self_attn.v")),
-            ("post_attention_layernorm", ("mlp.gate", "mlp.up")),
-        ):
-            share = _divisor(inputs[f"{block}.{names[0]}_proj"], torch.cat(matrices(*names)))
-            tensors[f"{block}.{norm}.weight"] /= share
-            for weight in matrices(*names):
-                weight *= share
-        down, up, out, value = matrices("mlp.down", "mlp.up", "self_attn.o", "self_attn.v")
+        down, up, out, value = (
+            tensors[f"{block}.{name}_proj.weight"] for name in ("mlp.down", "mlp.up", "self_attn.o", "self_attn.v")
+        )
         share = _divisor(inputs[f"{block}.mlp.down_proj"], down)
         up /= share[:, None]
         down *= share
         share = _divisor(inputs[f"{block}.self_attn.o_proj"], out, whole)
         value /= shared(share).flatten()[:, None]
         out *= share
+    return tensors
+
+
+def _rotated(model: TurnModel) -> dict[str, Tensor]:
+    """The tensors of the same model with another basis of the residual stream, and norms that only normalise."""
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    size = model.model.config.hidden_size
+    power = size & -size  # the largest power of two in it
+    cosines = torch.from_numpy(dct(np.eye(size // power), norm="ortho"))
+    turn = torch.kron(torch.from_numpy(hadamard(power)) / power**0.5, cosines)
+
+    def reads(norm: str, *names: str) -> None:
+        for name in names:
+            tensors[f"{name}.weight"] = (tensors[f"{name}.weight"].double() * tensors[f"{norm}.weight"] @ turn).float()
+        tensors[f"{norm}.weight"] = torch.ones_like(tensors[f"{norm}.weight"])
+
+    def writes(name: str) -> None:
+        tensors[f"{name}.weight"] = (turn.T @ tensors[f"{name}.weight"].double()).float()
+
+    tensors["model.embed_tokens.weight"] = (tensors["model.embed_tokens.weight"].double() @ turn).float()
+    for layer in range(model.model.config.num_hidden_layers):
+        block = f"model.layers.{layer}"
+        reads(f"{block}.input_layernorm", *(f"{block}.self_attn.{name}_proj" for name in "qkv"))
+        writes(f"{block}.self_attn.o_proj")
+        reads(f"{block}.post_attention_layernorm", f"{block}.mlp.gate_proj", f"{block}.mlp.up_proj")
+        writes(f"{block}.mlp.down_proj")
+    reads("model.norm", "score")
     return tensors
 
 

@@ -93,7 +93,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(here: Path) -> None:
 
 def test_a_run_that_goes_on_from_another_takes_another_order(here: Path) -> None:
     """The same rows give other batches from a later first epoch on, rounded or not."""
-    losses = []
+    losses: list[list[float]] = []
     for change in ({}, {"first_epoch": 1}, {"rounded": True}):
         (here / "recipe.yaml").write_text(json.dumps(RECIPE | change))
         losses.append([progress.loss for progress in run(here, f"trained-{len(losses)}", steps=10)])
