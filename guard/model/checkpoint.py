@@ -6,7 +6,9 @@
     model-*.safetensors   the tensors, in shards, and the index that says where each is
 
 A matrix [out, in] is stored as int8 with one float32 scale for each of its rows, `<name>_scale` [out]; vectors and the
-classifier's head stay float32. Nothing but JSON and safetensors is ever read.
+classifier's head stay float32. One that meets the gated product has turned columns (see guard.model.kernels.turned), as
+its inputs have where they are rounded; by which span is in `<name>_span` [1]. Nothing but JSON and safetensors is ever
+read.
 """
 
 import json
@@ -25,6 +27,7 @@ from safetensors.torch import save as serialise
 from torch import Tensor
 
 from guard.errors import CheckpointError
+from guard.model.kernels import span_of, turned
 from guard.types import Role
 
 _MANIFEST = "guard.json"
@@ -33,6 +36,8 @@ _TOKENIZER = "tokenizer.json"
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _SCALE = "_scale"
+_SPAN = "_span"
+_TURNED = "mlp.down_proj.weight"
 _SHARD_BYTES = 90_000_000
 
 
@@ -129,10 +134,10 @@ def _dequantised(stored: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, 
     """Raises KeyError where an int8 matrix lacks its scale."""
     quantised = {name for name, tensor in stored.items() if tensor.dtype == torch.int8}
     tensors = {}
-    for name in stored.keys() - {name + _SCALE for name in quantised}:
+    for name in stored.keys() - {name + more for name in quantised for more in (_SCALE, _SPAN)}:
         tensor = stored[name]
         if name in quantised:
-            tensor = tensor.float() * stored[name + _SCALE][:, None]
+            tensor = turned(tensor.float() * stored[name + _SCALE][:, None], int(stored.get(name + _SPAN, 0)))
         tensors[name] = tensor.to(torch.float32 if _keeps_float32(name, tensor) else dtype)
     return tensors
 
@@ -141,8 +146,10 @@ def as_integers(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors as a model directory stores them: matrices as int8, with their scales beside them."""
     tensors: dict[str, Tensor] = {}
     for name, tensor in stored.items():
-        if tensor.dtype == torch.int8 or _keeps_float32(name, tensor):
-            tensors[name] = tensor if tensor.dtype == torch.int8 else tensor.float()
+        if not tensor.is_floating_point():
+            tensors[name] = tensor
+        elif _keeps_float32(name, tensor):
+            tensors[name] = tensor.float()
         else:
             tensors |= _quantised(name, tensor)
     return tensors
@@ -241,8 +248,11 @@ def _fill_shards(tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
 
 
 def _quantised(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    scale = tensor.float().abs().amax(dim=1).clamp_min(1e-12) / 127  # [out]
-    return {name: (tensor.float() / scale[:, None]).round().to(torch.int8), name + _SCALE: scale}
+    matrix, span = tensor.float(), span_of(tensor.shape[1]) if name.endswith(_TURNED) else 0
+    matrix = turned(matrix, span)
+    scale = matrix.abs().amax(dim=1).clamp_min(1e-12) / 127  # [out]
+    stored = {name: (matrix / scale[:, None]).round().to(torch.int8), name + _SCALE: scale}
+    return stored | ({name + _SPAN: torch.tensor([span])} if span else {})
 
 
 def _keeps_float32(name: str, tensor: Tensor) -> bool:

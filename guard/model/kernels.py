@@ -26,6 +26,9 @@ Linear = Callable[[Rows], Rows]
 Pass = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
+_LANES = 16  # float32 numbers of the widest vectors
+
+
 class TorchKernels:
     """Every step in torch, on the CPU: the form that runs everywhere, and the reference for the others.
 
@@ -109,11 +112,33 @@ class TorchKernels:
             out[start:end] = attended.squeeze(0).transpose(0, 1)
         return out.flatten(1)
 
-    def silu_mul(self, gate_up: Rows) -> Rows:
-        """silu(gate) * up, for `gate_up` [rows, 2 * inner] -> [rows, inner]; integers follow on scaled rows."""
+    def silu_mul(self, gate_up: Rows, span: int = 0) -> Rows:
+        """silu(gate) * up, for `gate_up` [rows, 2 * inner] -> [rows, inner]; integers follow on scaled rows.
+
+        Before they are rounded, rows are `turned`.
+        """
         gate, up = _floats(gate_up).chunk(2, dim=-1)
         product = F.silu(gate) * up
-        return self.quantise(product) if isinstance(gate_up, Scaled) else product
+        return self.quantise(turned(product, span)) if isinstance(gate_up, Scaled) else product
+
+
+def turned(x: Tensor, span: int) -> Tensor:
+    """The Walsh-Hadamard transform, orthonormal, of every 16th of `span` columns of x [rows, width].
+
+    It is its own inverse, and spreads what is large in one column over many; that its columns stand 16 apart is for the
+    processor's vectors.
+    """
+    shape, half = x.shape, _LANES
+    while half < span:
+        low, high = (x * 0.5**0.5).reshape(-1, 2, half).unbind(1)
+        x = torch.stack((low + high, low - high), 1)
+        half *= 2
+    return x.reshape(shape)
+
+
+def span_of(width: int) -> int:
+    """The longest span that divides a width, for `turned`; 0 where there is none."""
+    return 0 if width % _LANES else width & -width
 
 
 def _floats(rows: Rows) -> Tensor:
@@ -225,10 +250,10 @@ class NativeKernels(TorchKernels):
         self._call("attention", qkv.dtype, qkv, bounds, len(bounds) - 1, out, heads, kv_heads, dim)
         return out
 
-    def silu_mul(self, gate_up: Rows) -> Rows:
+    def silu_mul(self, gate_up: Rows, span: int = 0) -> Rows:
         if isinstance(gate_up, Scaled):
             integers = _integers(len(gate_up.values), gate_up.values.shape[1] // 2)
-            self._call("silu_mul", torch.int8, *gate_up, *integers, *integers.values.shape)
+            self._call("silu_mul", torch.int8, *gate_up, *integers, *integers.values.shape, span)
             return integers
         out = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
         self._call("silu_mul", gate_up.dtype, gate_up, out, *out.shape)

@@ -73,6 +73,7 @@ class _Layer(NamedTuple):
     out: Linear
     mlp_norm: Tensor
     gate_up: Linear
+    span: int  # that the inputs of `down` are turned by; see guard.model.kernels.turned
     down: Linear
 
 
@@ -80,9 +81,9 @@ class Llama:
     """The decoder without its language-model head: packed batches in, hidden states, or what a head makes of them, out.
 
     `tensors` holds the checkpoint's tensors under their Hugging Face names (with or without the `model.` prefix), on
-    the device and in the type to compute in; beside a matrix of int8, `<name>_scale` has the scales of its rows. What
-    is used is taken out of it, so that weights laid out anew for the processor do not stand in memory twice. `head`
-    takes float32 [rows, hidden].
+    the device and in the type to compute in; beside a matrix of int8, `<name>_scale` has the scales of its rows, and
+    `<name>_span` is there where it meets turned inputs. What is used is taken out of it, so that weights laid out anew
+    for the processor do not stand in memory twice. `head` takes float32 [rows, hidden].
     """
 
     def __init__(
@@ -119,6 +120,7 @@ class Llama:
                 out=linear(i, "self_attn", "o", residual=True),
                 mlp_norm=take(f"layers.{i}.post_attention_layernorm.weight").float(),
                 gate_up=linear(i, "mlp", "gate", "up"),
+                span=int(tensors.pop(f"{prefix}layers.{i}.mlp.down_proj.weight_span", 0)),
                 down=linear(i, "mlp", "down", residual=True),
             )
             for i in range(config.layers)
@@ -169,7 +171,7 @@ class Llama:
             if i + 1 == config.layers:  # no later layer looks at the other tokens
                 x, context = x[wanted], context[wanted]
             gate_up = layer.gate_up(kernels.add_rms_norm(x, layer.out(context), layer.mlp_norm, config.eps, self.dtype))
-            delta = layer.down(kernels.silu_mul(gate_up))
+            delta = layer.down(kernels.silu_mul(gate_up, layer.span))
         hidden = kernels.add_rms_norm(x, delta, self._norm, config.eps, torch.float32)
         out = self._head(hidden) if self._head else hidden
         assert isinstance(out, Tensor), "float32 stays float32"

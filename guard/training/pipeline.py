@@ -35,7 +35,7 @@ from guard.types import HAZARDS
 MAX_TOKENS = 2048
 _SMOOTHING_ROWS = 256
 _BATCH_ROWS = 8
-_EVERY = 3  # of the rows measures int8 weights alone, in float32, which takes long and decides nothing
+_EVERY = 9  # of the rows measures int8 weights alone, in float32, which takes long and decides nothing
 _DISGUISED_ROWS = 200  # of either label
 _THRESHOLDS = "thresholds.json"
 _TEACHERS = "teachers.safetensors"
@@ -195,11 +195,11 @@ def quantise(model: Path, examples: Sequence[Example], out: Path) -> dict[str, A
     reference = probabilities(predict(source, examples, tokenizer), checkpoint.calibration, examples)
     sample = examples[:: max(1, len(examples) // _SMOOTHING_ROWS)]
     whole = load_tensors(model, torch.float32)  # with outputs beyond the taxonomy
+    head = {name: whole[name] for name in ("score.weight", "score.bias")}
     longest = checkpoint.max_tokens
-    levelled = even(source, batches(sample, tokenizer, [longest], longest))
     save_checkpoint(
         out,
-        tensors=levelled | {name: whole[name] for name in ("score.weight", "score.bias")},
+        tensors=even(source, batches(sample, tokenizer, [longest], longest), head),
         config=checkpoint.config,
         tokenizer_json=(model / "tokenizer.json").read_text(encoding="utf-8"),
         name=checkpoint.name,

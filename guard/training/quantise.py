@@ -1,7 +1,8 @@
 """Makes a model fit for products of int8: evens out channels between activations and weights, and measures the rest."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,9 @@ from scipy.fft import dct
 from scipy.linalg import hadamard
 from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
+from transformers import LlamaConfig
 
+from guard.model.kernels import span_of, turned
 from guard.training.data import Example
 from guard.training.evaluate import Floats, labels
 from guard.training.finetune import Batch, TurnModel, rounded
@@ -22,9 +25,12 @@ _MOST_AUPRC_LOST = 0.003
 _MOST_VERDICTS_CHANGED = 0.01
 
 
-def even(model: TurnModel, batches: Iterable[Batch]) -> dict[str, Tensor]:
+def even(
+    model: TurnModel, batches: Iterable[Batch], more: Mapping[str, Tensor] = MappingProxyType({})
+) -> dict[str, Tensor]:
     """The model's tensors, such that it computes the same, but with channels of activations that differ less in size.
 
+    `more` stand in for those of their names: a head with outputs beyond the taxonomy.
     A row of activations is rounded to int8 by one scale, which its largest channel decides. So the residual stream is
     rotated, which makes its channels alike (QuaRot: Ashkboos et al., arXiv:2404.00456); and what is large on `batches`
     among the channels of values and of the gated product is divided in the rows of the matrix that they come from, and
@@ -32,8 +38,9 @@ def even(model: TurnModel, batches: Iterable[Batch]) -> dict[str, Tensor]:
     max|activation|^strength / max|weight|^(1 - strength), with the strength that leaves least of a product's error.
     """
     inputs = _inputs(model, batches)
-    tensors = _rotated(model)
     config = model.model.config
+    tensors = {name: tensor.clone() for name, tensor in {**model.state_dict(), **more}.items()}
+    _rotate(tensors, config)
     kv_heads = config.num_key_value_heads or config.num_attention_heads
     dim = config.hidden_size // config.num_attention_heads
 
@@ -49,7 +56,7 @@ def even(model: TurnModel, batches: Iterable[Batch]) -> dict[str, Tensor]:
         down, up, out, value = (
             tensors[f"{block}.{name}_proj.weight"] for name in ("mlp.down", "mlp.up", "self_attn.o", "self_attn.v")
         )
-        share = _divisor(inputs[f"{block}.mlp.down_proj"], down)
+        share = _divisor(inputs[f"{block}.mlp.down_proj"], down, span=span_of(down.shape[1]))
         up /= share[:, None]
         down *= share
         share = _divisor(inputs[f"{block}.self_attn.o_proj"], out, whole)
@@ -58,10 +65,9 @@ def even(model: TurnModel, batches: Iterable[Batch]) -> dict[str, Tensor]:
     return tensors
 
 
-def _rotated(model: TurnModel) -> dict[str, Tensor]:
-    """The tensors of the same model with another basis of the residual stream, and norms that only normalise."""
-    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    size = model.model.config.hidden_size
+def _rotate(tensors: dict[str, Tensor], config: LlamaConfig) -> None:
+    """Gives the model another basis of the residual stream, and norms that only normalise."""
+    size = config.hidden_size
     power = size & -size  # the largest power of two in it
     cosines = torch.from_numpy(dct(np.eye(size // power), norm="ortho"))
     turn = torch.kron(torch.from_numpy(hadamard(power)) / power**0.5, cosines)
@@ -75,24 +81,28 @@ def _rotated(model: TurnModel) -> dict[str, Tensor]:
         tensors[f"{name}.weight"] = (turn.T @ tensors[f"{name}.weight"].double()).float()
 
     tensors["model.embed_tokens.weight"] = (tensors["model.embed_tokens.weight"].double() @ turn).float()
-    for layer in range(model.model.config.num_hidden_layers):
+    for layer in range(config.num_hidden_layers):
         block = f"model.layers.{layer}"
         reads(f"{block}.input_layernorm", *(f"{block}.self_attn.{name}_proj" for name in "qkv"))
         writes(f"{block}.self_attn.o_proj")
         reads(f"{block}.post_attention_layernorm", f"{block}.mlp.gate_proj", f"{block}.mlp.up_proj")
         writes(f"{block}.mlp.down_proj")
     reads("model.norm", "score")
-    return tensors
 
 
-def _divisor(x: Tensor, weight: Tensor, tied: Callable[[Tensor], Tensor] = lambda divisor: divisor) -> Tensor:
-    """What to divide the channels of `x` [rows, in] by, before the product with `weight` [out, in]; [in]."""
+def _divisor(
+    x: Tensor, weight: Tensor, tied: Callable[[Tensor], Tensor] = lambda divisor: divisor, span: int = 0
+) -> Tensor:
+    """What to divide the channels of `x` [rows, in] by, before the product with `weight` [out, in]; [in].
+
+    Both are turned by `span` where they are rounded.
+    """
     rows, columns = (matrix.abs().amax(0).clamp_min(_LEAST) for matrix in (x, weight))
     exact = x @ weight.T
     size = exact.square().sum(1).clamp_min(_LEAST)
 
     def error(divisor: Tensor) -> float:
-        found = rounded(x / divisor) @ rounded(weight * divisor).T
+        found = rounded(turned(x / divisor, span)) @ rounded(turned(weight * divisor, span)).T
         return float(((found - exact).square().sum(1) / size).mean())
 
     return min((tied(rows**strength / columns ** (1 - strength)) for strength in _STRENGTHS), key=error)

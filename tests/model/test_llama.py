@@ -14,7 +14,7 @@ from torch import Tensor
 
 from guard.errors import CheckpointError
 from guard.model.checkpoint import as_integers, load_tensors, read_checkpoint
-from guard.model.kernels import CudaKernels, NativeKernels, TorchKernels
+from guard.model.kernels import CudaKernels, NativeKernels, TorchKernels, span_of, turned
 from guard.model.llama import Llama, LlamaConfig
 from guard.settings import Settings
 
@@ -196,6 +196,17 @@ def test_int8_differs_from_float32_by_rounding_alone(name: str, form: str) -> No
     )
     assert (rounded - exact).norm() <= 0.05 * exact.norm()
     assert not torch.equal(rounded, exact)
+
+
+@settings(deadline=None)
+@given(width=st.integers(1, 40).map(lambda sixteens: 16 * sixteens), seed=st.integers(0, 99))
+def test_turning_is_its_own_inverse_and_keeps_lengths(width: int, seed: int) -> None:
+    """So that a product of turned rows and turned columns is the product."""
+    x = torch.randn(3, width, generator=torch.Generator().manual_seed(seed))
+    other = turned(x, span_of(width))
+    torch.testing.assert_close(turned(other, span_of(width)), x)
+    torch.testing.assert_close(other.norm(dim=1), x.norm(dim=1))
+    assert torch.equal(other, x) == (width % 32 > 0)
 
 
 @settings(deadline=None)

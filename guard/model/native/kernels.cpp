@@ -214,8 +214,24 @@ inline void silu_mul_row(const bf16* gate, const bf16* up, float scale, float* o
 }
 #endif
 
+// The Walsh-Hadamard transform of every 16th of `span` columns, orthonormal; the columns between them make it vectors.
+inline void turn(float* row, int64_t cols, int64_t span) {
+  for (int64_t half = 16; half < span; half *= 2) {
+    const float scale = 0.70710678f;
+    for (int64_t start = 0; start < cols; start += 2 * half) {
+      float *low = row + start, *high = low + half;
+#pragma omp simd
+      for (int64_t j = 0; j < half; ++j) {
+        const float a = low[j] * scale, b = high[j] * scale;
+        low[j] = a + b;
+        high[j] = a - b;
+      }
+    }
+  }
+}
+
 template <typename T, typename Out>
-void silu_mul(const T* gate_up, const float* scales, Out out, int64_t rows, int64_t cols) {
+void silu_mul(const T* gate_up, const float* scales, Out out, int64_t rows, int64_t cols, int64_t span = 0) {
 #pragma omp parallel
   {
     std::vector<float> gated(cols);
@@ -223,6 +239,7 @@ void silu_mul(const T* gate_up, const float* scales, Out out, int64_t rows, int6
     for (int64_t i = 0; i < rows; ++i) {
       const T *gate = gate_up + i * 2 * cols, *up = gate + cols;
       silu_mul_row(gate, up, scales ? scales[i] : 1.0f, gated.data(), cols);
+      turn(gated.data(), cols, span);
       out.put(i, gated.data(), cols);
     }
   }
@@ -564,8 +581,8 @@ void guard_add_rms_norm_i8(float* x, const float* delta, const float* delta_scal
   add_rms_norm(x, delta, delta_scales, weight, Integers{out, scales}, rows, cols, eps);
 }
 void guard_silu_mul_i8(const bf16* gate_up, const float* gate_up_scales, uint8_t* out, float* scales, int64_t rows,
-                       int64_t cols) {
-  silu_mul(gate_up, gate_up_scales, Integers{out, scales}, rows, cols);
+                       int64_t cols, int64_t span) {
+  silu_mul(gate_up, gate_up_scales, Integers{out, scales}, rows, cols, span);
 }
 void guard_rope_i8(bf16* qkv, const float* scales, const int32_t* positions, const float* cos, const float* sin,
                    int64_t rows, int64_t stride, int64_t heads, int64_t dim) {
