@@ -71,7 +71,7 @@ class Moderator:
     ) -> None:
         """`thread` is the one that the model was loaded on, if there is one; `calibration` is the model's.
 
-        Blocks until the model has warmed up. Raises ConfigError for a policy that this model cannot serve."""
+        Blocks until the model has warmed up. Raises PolicyError for a policy that this model cannot serve."""
         self.model = classifier.info
         self.calibration = calibration
         self.policies = policies
@@ -95,8 +95,8 @@ class Moderator:
 
         Raises ConfigError where one cannot be used.
         """
+        calibration = Calibration.read(settings.model)
         if policies is None:
-            calibration = Calibration.read(settings.model)
             signatures = Signatures(settings.policies_key) if settings.policies_key else None
             policies = PolicyStore.load(settings.policies, settings.default_policy, calibration, signatures)
         thread = model_thread()
@@ -116,7 +116,7 @@ class Moderator:
     async def adopt(self, policies: PolicyStore) -> None:
         """Judges by these from the next request on; those under way keep to what they began with.
 
-        Raises ConfigError for a policy that this model cannot serve, and keeps to what was in force.
+        Raises PolicyError for a policy that this model cannot serve, and keeps to what was in force.
         """
         for policy in policies.judging:
             check_model(policy, self.model)

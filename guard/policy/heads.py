@@ -99,19 +99,19 @@ def check_examples(policy: PolicySpec, path: Path, to: Report, read: Read) -> Ma
 
 
 def check_model(policy: Policy, model: ModelInfo) -> None:
-    """Raises ConfigError where a model lacks a hazard that the policy asks for, or has not learned what it teaches."""
+    """Raises PolicyError where a model lacks a hazard that the policy asks for, or has not learned what it teaches."""
     name, revision = model.revision.name, model.revision.revision
     run = f"run: guard policy fit {policy.name}.yaml"
     for category, head in policy.own.items():
         if head is None:
-            raise ConfigError(f"policy {policy.name}: no model has learned {category} from its examples yet; {run}")
+            raise PolicyError(f"policy {policy.name}: no model has learned {category} from its examples yet; {run}")
         if head.model != revision:
-            raise ConfigError(
+            raise PolicyError(
                 f"policy {policy.name}: {category} was learned by model {head.model}, which is not {name} {revision}; "
                 f"{run}"
             )
     if unknown := ", ".join(unknown_hazards(policy, model.hazards)):
-        raise ConfigError(f"policy {policy.name}: {name} does not score {unknown}")
+        raise PolicyError(f"policy {policy.name}: {name} does not score {unknown}")
 
 
 def _finite(tensor: Floats) -> Floats:
