@@ -10,11 +10,12 @@ PYTHON  ?= $(firstword $(foreach python,python3.11 python3.12 python3.13 python3
 LISTEN  ?= 127.0.0.1:50051
 HTTP    ?= 127.0.0.1:9090
 IMAGE   ?= guard
+WORK    ?= train
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard guard/model/native/*.cpp)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve setup test lint types protos protos-check constraints bench image clean
+.PHONY: help serve setup test lint types protos protos-check constraints bench model image clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +54,14 @@ constraints: $(VENV)/.dev ## Pin what is installed in .venv
 
 bench: $(VENV)/.dev ## Compare the engine with others on this machine (takes minutes)
 	$(BIN)/python -m loadtest.bench $(ARGS)
+
+# Each run goes on from the last save if it was stopped, and ends with a model and what it is worth.
+model: $(VENV)/.dev ## Train the embedded model anew (hours; DATA=rows, BASE=wheel, WORK=train: see docs/data.md)
+	$(BIN)/guard train --recipe guard/training/recipes/1.yaml --data $(DATA) --base $(BASE) --work $(WORK)/1 --out $(WORK)/model-1
+	$(BIN)/guard distill --recipe guard/training/recipes/2.yaml --data $(DATA) --base $(WORK)/model-1 --teacher $(WORK)/model-1 \
+	  --work $(WORK)/2 --out $(WORK)/model-2
+	$(BIN)/guard distill --recipe guard/model/default/recipe.yaml --data $(DATA) --base $(WORK)/2 --teacher $(WORK)/model-1 \
+	  --work $(WORK)/3 --out $(WORK)/model --name guard-smollm2-135m
 
 image: ## Build the container image (IMAGE=guard; docker build)
 	docker build --tag $(IMAGE) .
