@@ -158,9 +158,7 @@ def release(
     rounded = _allow_int8(out, probabilities(logits, calibration, held_out), held_out)
     evaluation = {"held_out": _measure(out, held_out), "int8": rounded}
     evaluation["thresholds"] = json.loads((out / _THRESHOLDS).read_text(encoding="utf-8"))
-    evaluation["benchmarks"] = {
-        title: evaluate(served(_serving(out), rows)[1], rows) for title, rows in (benchmarks or {}).items()
-    }
+    evaluation["benchmarks"] = _on(out, benchmarks) if benchmarks else {}
     evaluation["disguised"] = _disguised(out, held_out, plan.seed)
     (out / "evaluation.json").write_text(json.dumps(evaluation, indent=1) + "\n", encoding="utf-8")
     shutil.copy(recipe, out / "recipe.yaml")
@@ -224,6 +222,14 @@ def _measure(model: Path, examples: Sequence[Example]) -> dict[str, Any]:
     _, scores = served(_serving(model), examples)
     amend_checkpoint(model, {_THRESHOLDS: json.dumps(thresholds(scores, examples), indent=1) + "\n"})
     return evaluate(scores, examples)
+
+
+def _on(model: Path, benchmarks: Mapping[str, Sequence[Example]]) -> dict[str, Any]:
+    """Metrics as served, by benchmark; the model is loaded once for all."""
+    _, scores = served(_serving(model), [row for rows in benchmarks.values() for row in rows])
+    ends = np.cumsum([len(rows) for rows in benchmarks.values()])
+    parts = np.split(scores, ends[:-1])
+    return {title: evaluate(part, rows) for (title, rows), part in zip(benchmarks.items(), parts, strict=True)}
 
 
 def _disguised(model: Path, examples: Sequence[Example], seed: int) -> dict[str, Any]:

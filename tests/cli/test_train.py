@@ -21,6 +21,7 @@ async def test_what_was_trained_can_be_served(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(json.dumps(RECIPE))
     data, base = write_rows(tmp_path / "data", colours(120)), write_base(tmp_path / "base")
     write_rows(tmp_path / "unseen", colours(40), "tints")
+    write_rows(tmp_path / "unseen", colours(24)[1::2], "reds")
     paths = {"data": data, "base": base, "work": tmp_path / "work", "out": tmp_path / "out"}
     paths |= {"benchmarks": tmp_path / "unseen"}
     options = [f"--{name}={path}" for name, path in (paths | {"recipe": tmp_path / "recipe.yaml"}).items()]
@@ -28,7 +29,9 @@ async def test_what_was_trained_can_be_served(tmp_path: Path) -> None:
     assert trained.code == 0
     assert trained.err.splitlines()[-1].startswith("step 40 of 40, loss ")
     assert json.loads(trained.out)["auroc"] > 0.9
-    assert "| tints | 40 | 20 |" in (tmp_path / "out/README.md").read_text()
+    card = (tmp_path / "out/README.md").read_text()
+    assert "| tints | 40 | 20 |" in card
+    assert "| reds | 12 | 12 |" in card
 
     answers = [
         await guard("check", "--json", "--model", paths["out"], text, OMP_NUM_THREADS="1")
