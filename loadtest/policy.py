@@ -1,4 +1,4 @@
-"""What policies cost: to load many of them, and to judge a turn by a large one.
+"""What a verdict costs under a large policy.
 
     python -m loadtest.policy
 
@@ -13,13 +13,12 @@ from array import array
 from collections.abc import Callable
 from pathlib import Path
 
-from guard.policy.calibration import Calibration
 from guard.policy.compile import Policy
 from guard.policy.decide import decide
-from guard.policy.store import PolicyStore
+from guard.policy.store import load_policy
 from guard.types import HAZARDS, Role, Scores
 
-_POLICIES, _CATEGORIES, _RULES, _TERMS = 100, 50, 10, 50
+_CATEGORIES, _RULES, _TERMS = 50, 10, 50
 _WORDS = 45  # of the turn
 _ROUNDS, _CALLS = 20, 1000  # of each measurement
 
@@ -27,12 +26,9 @@ _ROUNDS, _CALLS = 20, 1000  # of each measurement
 def main() -> None:
     chooser = random.Random(0)
     with tempfile.TemporaryDirectory() as directory:
-        for number in range(_POLICIES):
-            (Path(directory) / f"p{number}.yaml").write_text(_policy(chooser), encoding="utf-8")
-        started = time.process_time()
-        store = PolicyStore.load(Path(directory), "p0", Calibration())
-        print(f"load {_POLICIES} policies of {_CATEGORIES} categories: {time.process_time() - started:.1f} s")
-    policy = store.get("p0")
+        path = Path(directory) / "large.yaml"
+        path.write_text(_policy(chooser), encoding="utf-8")
+        policy = load_policy(path)
     text = " ".join(_word(chooser) for _ in range(_WORDS)).capitalize()
     hit = f"{text} {' '.join(policy.rules[-1].terms[-1])}"
     scores = [_scores(chooser) for _ in range(_CALLS)]
