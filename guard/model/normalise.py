@@ -57,6 +57,15 @@ _COMMON_WORDS: Final = (
 _COMMON: Final = frozenset(_COMMON_WORDS.split())
 _LETTERS: Final = re.compile("[A-Za-z]+")
 
+# A figure one is an l at the end of a word and beside another one, otherwise an i.
+_LS: Final = re.compile(r"1(?=1)|(?<=1)1|(?<=[^\W_])1(?![^\W_])")
+_LEET: Final = str.maketrans("013457@$", "oieastas")
+_TOKEN: Final = re.compile(r"(?:[^\W_]|[@$])++")
+_LETTER: Final = re.compile(r"[^\W\d_]")
+_FIGURE_WITHIN: Final = re.compile(r"[^\W\d_][013457@$]+[^\W\d_]")
+_CASED: Final = re.compile("[A-Za-z]{2,}")
+_CHANGE: Final = re.compile("(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[a-z])")
+
 _WORD: Final = re.compile("[A-Za-zÀ-ɏͰ-ԯḀ-ỿἀ-῿]{3,}")
 # What stands within words of ordinary print though NFKC changes it: µ, ª and others of Latin-1, ligatures, and ™.
 _PRINT: Final = {
@@ -73,6 +82,8 @@ def normalise(text: str) -> str:
       of a script other than Latin, Greek, Cyrillic and Armenian, or an emoji.
     - Base64 of sixteen characters and more is decoded where print with a word comes out, and a text is turned by ROT13
       where that makes one word of five, and more words than there were, common ones of English.
+    - Figures become the letters they look like if they stand within two words and a quarter of all words.
+    - Capitals become small where case changes as if by chance, and where there is nothing else.
     - Words spelled letter by letter are joined: four letters and more, all apart by one and the same space, dot, hyphen
       or underscore; wider gaps are those between words.
     - Look-alikes become Latin in words that hold nothing but them and Latin letters. A word of look-alikes alone is
@@ -95,7 +106,7 @@ def undisguise(text: str) -> str:
 def _pass(text: str) -> str:
     text = unicodedata.normalize("NFKC", text.translate(_DRESSED))
     text = _as_latin(_SPACED.sub(_joined, _SPLITTERS.sub("", _with_tags_read(text))))
-    return _turned(_BASE64.sub(_decoded, text))
+    return _in_small_letters(_without_figures(_turned(_BASE64.sub(_decoded, text))))
 
 
 def _decoded(run: re.Match[str]) -> str:
@@ -112,6 +123,20 @@ def _turned(text: str) -> str:
     turned = codecs.encode(text, "rot13")
     before, after = (sum(word in _COMMON for word in _LETTERS.findall(one.lower())) for one in (text, turned))
     return turned if after > before and after >= 0.2 * len(_LETTERS.findall(text)) and after > 1 else text
+
+
+def _without_figures(text: str) -> str:
+    words = [token for token in _TOKEN.findall(text) if _LETTER.search(token)]
+    odd = sum(_FIGURE_WITHIN.search(word) is not None for word in words)
+    return _LS.sub("l", text).translate(_LEET) if odd >= 2 and odd * 4 >= len(words) else text
+
+
+def _in_small_letters(text: str) -> str:
+    words = _CASED.findall(text)
+    pairs = sum(map(len, words)) - len(words)  # of neighbours; half of them differ by chance, a third in code at most
+    shouted = len(words) >= 3 and all(map(str.isupper, words))
+    changes = len(_CHANGE.findall(text))
+    return text.lower() if shouted or (changes >= 6 and changes >= 0.4 * pairs) else text
 
 
 def _with_tags_read(text: str) -> str:
