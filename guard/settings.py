@@ -81,6 +81,11 @@ class Settings(BaseModel):
     max_queue_seconds: PositiveFloat = 2.0
     """How long the queue may be, at the speed measured; beyond it online calls are refused and bulk work waits."""
 
+    prefix_cache_mb: NonNegativeInt = 256
+    """MiB for what the model has read, so that a conversation that goes on costs its new tokens; 0 keeps nothing."""
+    prefix_cache_shared: bool = False
+    """Whether clients share it; how long an answer takes then tells what others have asked."""
+
     max_message_bytes: PositiveInt = 4 * 2**20
     """Size of one message on the wire."""
     max_turns: PositiveInt = 1000

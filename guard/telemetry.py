@@ -55,6 +55,10 @@ class Metrics:
         self.queued_tokens = gauge("queued_tokens", "Tokens that wait for a batch.")
         self.batch_requests = histogram("batch_requests", "Requests of one pass.", buckets=_POWERS_OF_TWO)
         self.batch_tokens = histogram("batch_tokens", "Tokens of one pass.", buckets=_POWERS_OF_TWO)
+        self.prefix_cache_tokens = counter(
+            "prefix_cache_tokens", "Tokens of requests: held from before, or read by the model.", "from"
+        )
+        self.prefix_cache_bytes = gauge("prefix_cache_bytes", "Keys and values that are held of earlier requests.")
         self.model_failures = counter("model_failures", "Passes of the model that failed.")
         self.policy_info = gauge(
             "policy_info", "1 for each revision, live or candidate.", "policy", "revision", "stage"

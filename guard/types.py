@@ -121,12 +121,31 @@ class Head:
 class Tokens:
     """A conversation, or a window of a long one, as the model reads it, and the turns to be scored in it, in order.
 
-    `heads` are the outputs that they are scored for beside the model's own.
+    `heads` are the outputs that they are scored for beside the model's own. `tenant` is whose earlier tokens need not
+    be read again, and who may be spared to read these; None where nothing is kept.
     """
 
     ids: tuple[int, ...]
     spans: tuple[Span, ...]
     heads: tuple[Head, ...] = ()
+    tenant: str | None = None
+
+
+PAGE = 64
+"""Tokens whose keys and values stand together in a page of a model's memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """Of what a model reads, how much it need not read anew: the keys and values of its first `held` tokens are there.
+
+    `pages` are for the first tokens, PAGE in each. Keys and values from token `written` on, which is not before `held`,
+    are put into them; what lies beyond the last page is forgotten.
+    """
+
+    held: int = 0
+    written: int = 0
+    pages: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

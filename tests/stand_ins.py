@@ -59,6 +59,7 @@ class WordJudge:
         self.lanes: list[Lane] = []
         self.deadlines: list[float | None] = []
         self.metadata: list[Mapping[str, str]] = []
+        self.clients: list[str] = []
         self.closed = False
         self._draining = False
         self._ids = itertools.count(1)
@@ -72,12 +73,14 @@ class WordJudge:
         deadline: float | None = None,
         metadata: Mapping[str, str] = NO_METADATA,
         conversation_id: str = "",
+        client: str = "",
     ) -> Decision:
         if self._draining:
             raise Draining
         self.lanes.append(lane)
         self.deadlines.append(deadline)
         self.metadata.append(dict(metadata))
+        self.clients.append(client)
         id = f"decision-{next(self._ids)}"
         choice = self.policies.choose(policy, conversation_id or id)
         self.running += 1

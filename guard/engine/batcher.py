@@ -15,6 +15,12 @@ from guard.telemetry import Telemetry
 from guard.types import Lane, Scores, Tokens
 
 Score = Callable[[Sequence[Tokens]], Sequence[tuple[Scores, ...]]]
+Cost = Callable[[Tokens], int]
+
+
+def whole(tokens: Tokens) -> int:
+    """What it costs to read all."""
+    return len(tokens.ids)
 
 
 class Scored(NamedTuple):
@@ -28,7 +34,7 @@ class Scored(NamedTuple):
 @dataclass(slots=True)
 class _Request:
     windows: Sequence[Tokens]
-    size: int  # tokens in all of them
+    size: int  # tokens that are to be read in all of them
     deadline: float | None
     admitted: float
     answer: asyncio.Future[Scored]
@@ -50,13 +56,18 @@ class Batcher:
         score: Score,
         thread: Executor,
         *,
+        cost: Cost = whole,
         max_batch_tokens: int,
         max_queue_seconds: float,
         rate: float,
         telemetry: Telemetry,
     ) -> None:
-        """`thread`: the only one that the model runs on. `rate`: tokens a second of full batches, to begin with."""
+        """`thread`: the only one that the model runs on. `cost`: how many tokens are to be read of those given.
+
+        `rate`: tokens a second of full batches, to begin with.
+        """
         self._score = score
+        self._cost = cost
         self._max_batch_tokens = max_batch_tokens
         self._max_queue_seconds = max_queue_seconds
         self._rate = rate
@@ -97,7 +108,7 @@ class Batcher:
         while self._tokens[lane] / self._rate > self._max_queue_seconds:
             self._room.clear()
             await self._room.wait()
-        size = sum(len(tokens.ids) for tokens in windows)
+        size = sum(map(self._cost, windows))
         request = _Request(windows, size, deadline, time.monotonic(), asyncio.get_running_loop().create_future())
         self._queues[lane].append(request)
         self._tokens[lane] += size

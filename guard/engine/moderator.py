@@ -11,7 +11,8 @@ from dataclasses import replace
 from itertools import zip_longest
 from typing import Protocol, Self
 
-from guard.engine.batcher import Batcher
+from guard.engine.batcher import Batcher, whole
+from guard.engine.prefix_cache import PrefixCache
 from guard.errors import ModelFailed
 from guard.model.normalise import undisguise
 from guard.model.turn_classifier import TurnClassifier
@@ -68,8 +69,12 @@ class Moderator:
         max_queue_seconds: float,
         thread: Executor | None = None,
         calibration: Calibration | None = None,
+        prefix_cache: PrefixCache | None = None,
+        shared: bool = False,
     ) -> None:
         """`thread` is the one that the model was loaded on, if there is one; `calibration` is the model's.
+
+        `prefix_cache` is one for this model; `shared` has all clients share it.
 
         Blocks until the model has warmed up. Raises PolicyError for a policy that this model cannot serve."""
         self.model = classifier.info
@@ -80,9 +85,11 @@ class Moderator:
         self._tokenise = classifier.tokenise
         self._tokenising = ThreadPoolExecutor(1, thread_name_prefix="tokenise")
         self._thread = thread or model_thread()
+        self._shared = shared
         self._batcher = Batcher(
-            classifier.score,
+            prefix_cache.score if prefix_cache else classifier.score,
             self._thread,
+            cost=prefix_cache.unread if prefix_cache else whole,
             max_batch_tokens=max_batch_tokens,
             max_queue_seconds=max_queue_seconds,
             rate=self._thread.submit(_warm_up, classifier, max_batch_tokens).result(),
@@ -102,6 +109,8 @@ class Moderator:
         thread = model_thread()
         model = thread.submit(TurnClassifier, settings.model, settings.device, settings.dtype, settings.threads)
         classifier = model.result()
+        size = settings.prefix_cache_mb * 2**20
+        cache = thread.submit(PrefixCache, classifier, size, telemetry.metrics).result() if size else None
         device = classifier.info.device.partition(":")[0]
         return cls(
             classifier,
@@ -111,6 +120,8 @@ class Moderator:
             max_queue_seconds=settings.max_queue_seconds,
             thread=thread,
             calibration=calibration,
+            prefix_cache=cache,
+            shared=settings.prefix_cache_shared,
         )
 
     async def adopt(self, policies: PolicyStore) -> None:
@@ -131,6 +142,7 @@ class Moderator:
         deadline: float | None = None,
         metadata: Mapping[str, str] = NO_METADATA,
         conversation_id: str = "",
+        client: str = "",
     ) -> Decision:
         """Verdicts for the turns that the conversation asks for, under one policy from start to end.
 
@@ -139,6 +151,7 @@ class Moderator:
         Where a text is disguised, a view of the conversation without disguises is scored in the same batch, and each
         score is the higher one of the two; the coverage is that of the conversation as it is. A rule matches in either
         view.
+        What this `client` has asked online before need not be read again, and is held for what it asks next.
         `deadline` is in time.monotonic() seconds. Raises InputError, NotFound, Draining, Overloaded and Expired; where
         the model fails, the policy's on_error or a stricter rule answers and the verdict is degraded. Cancelling drops
         the request.
@@ -157,7 +170,8 @@ class Moderator:
         timings = Timings(tokenise=time.monotonic() - started)
         readings: dict[int, list[Scores | None]] = defaultdict(list)
         for windows in zip_longest(raw, plain):
-            together = [tokens for tokens in windows if tokens is not None]
+            tenant = None if lane is Lane.BULK else "" if self._shared else client
+            together = [replace(tokens, tenant=tenant) for tokens in windows if tokens is not None]
             turns = [span.turn for tokens in together for span in tokens.spans]
             scores: Sequence[Scores | None]
             try:

@@ -2,14 +2,16 @@
 
 import ctypes
 import importlib.util
-from collections.abc import Callable
-from itertools import pairwise
+from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
 from typing import Final, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
+
+from guard.types import PAGE, Prefix
 
 
 class Scaled(NamedTuple):
@@ -22,8 +24,43 @@ class Scaled(NamedTuple):
 # Between layers of floating point a tensor; between products of integers, uint8 that goes into one, floats out of it.
 Rows = Tensor | Scaled
 
+
+class Gathered(NamedTuple):
+    """Keys and values of a pass in one packed row, those that are held and those that are new; int64, but for bounds.
+
+    `bounds`, int32, are those of sequences in that row, the longest of which has `longest` tokens. The rows of the pass
+    stand at `new`; what is held stands at `held`, and comes from pages and places in them; rows `kept` go into such.
+    """
+
+    bounds: Tensor
+    longest: int
+    new: Tensor
+    held: Tensor
+    held_pages: Tensor
+    held_places: Tensor
+    kept: Tensor
+    kept_pages: Tensor
+    kept_places: Tensor
+
+
+class Paging(NamedTuple):
+    """The pages of keys and values that a pass reads and writes; int32, all but the pool.
+
+    `pool` is [pages, layers, PAGE, 2 * kv_heads * dim], a row having the keys of all heads, then the values. Sequence s
+    has pages[bounds[s]:bounds[s + 1]]; its first held[s] tokens are no rows of the pass, those from written[s] on go
+    into pages.
+    """
+
+    pool: Tensor
+    held: Tensor
+    written: Tensor
+    bounds: Tensor
+    pages: Tensor
+    gathered: Gathered | None = None  # for attention that does not know pages
+
+
 Linear = Callable[[Rows], Rows]
-Pass = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+Pass = Callable[[Tensor, Tensor, Tensor, Tensor, Paging | None], Tensor]
 
 
 _LANES = 16  # float32 numbers of the widest vectors
@@ -96,19 +133,36 @@ class TorchKernels:
         rotated.copy_(torch.stack((low * c - high * s, high * c + low * s), dim=2))
         return qkv
 
-    def attention(self, qkv: Tensor, bounds: Tensor, heads: int, kv_heads: int) -> Tensor:
-        """Causal attention within each sequence of a packed row.
+    def paged_type(self, dtype: torch.dtype) -> torch.dtype:
+        """The type of keys and values in a model of `dtype`."""
+        return torch.float32 if dtype == torch.int8 else dtype
+
+    def paging(self, pool: Tensor, prefixes: Sequence[Prefix], lengths: Sequence[int]) -> Paging:
+        """For sequences of which so much is held, and so many tokens are new."""
+        held, written, bounds, pages = (torch.tensor(values, dtype=torch.int32) for values in _tables(prefixes))
+        return Paging(pool, held, written, bounds, pages)
+
+    def attention(
+        self, qkv: Tensor, bounds: Tensor, heads: int, kv_heads: int, paging: Paging | None = None, layer: int = 0
+    ) -> Tensor:
+        """Causal attention within each sequence of a packed row, and what is held of it.
 
         `qkv` is [rows, (heads + 2 * kv_heads) * dim]; sequence s is rows bounds[s]:bounds[s + 1]; the result is
         [rows, heads * dim].
         """
-        q, k, v = qkv.unflatten(1, (heads + 2 * kv_heads, -1)).split((heads, kv_heads, kv_heads), dim=1)
+        q, kv = qkv.unflatten(1, (heads + 2 * kv_heads, -1)).split((heads, 2 * kv_heads), dim=1)
         out = torch.empty_like(q)
-        for start, end in pairwise(bounds.tolist()):
+        for s, (start, end) in enumerate(pairwise(bounds.tolist())):
             if start == end:
                 continue
-            own_q, own_k, own_v = (t[start:end].transpose(0, 1).unsqueeze(0) for t in (q, k, v))
-            attended = F.scaled_dot_product_attention(own_q, own_k, own_v, is_causal=True, enable_gqa=True)
+            own_kv = kv[start:end] if paging is None else _extended(paging, s, layer, kv[start:end])
+            held = len(own_kv) - (end - start)
+            mask = torch.ones(end - start, len(own_kv), dtype=torch.bool).tril(held) if held else None
+            own_k, own_v = own_kv.transpose(0, 1).unsqueeze(0).chunk(2, dim=1)
+            own_q = q[start:end].transpose(0, 1).unsqueeze(0)
+            attended = F.scaled_dot_product_attention(
+                own_q, own_k, own_v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+            )
             out[start:end] = attended.squeeze(0).transpose(0, 1)
         return out.flatten(1)
 
@@ -139,6 +193,70 @@ def turned(x: Tensor, span: int) -> Tensor:
 def span_of(width: int) -> int:
     """The longest span that divides a width, for `turned`; 0 where there is none."""
     return 0 if width % _LANES else width & -width
+
+
+def _tables(prefixes: Sequence[Prefix]) -> tuple[list[int], list[int], list[int], list[int]]:
+    """held, written, bounds and pages of a Paging."""
+    return (
+        [prefix.held for prefix in prefixes],
+        [prefix.written for prefix in prefixes],
+        [0, *accumulate(len(prefix.pages) for prefix in prefixes)],
+        [page for prefix in prefixes for page in prefix.pages],
+    )
+
+
+def _gathered(prefixes: Sequence[Prefix], lengths: Sequence[int], device: torch.device) -> Gathered:
+    starts = [0, *accumulate(lengths)]
+    totals = [prefix.held + length for prefix, length in zip(prefixes, lengths, strict=True)]
+    bounds = [0, *accumulate(totals)]
+    new, held, kept = list[int](), list[int](), list[int]()
+    held_at, kept_at = list[tuple[int, int]](), list[tuple[int, int]]()  # pages, and places in them
+    for prefix, start, first, end in zip(prefixes, starts, bounds, bounds[1:], strict=False):
+        new += range(first + prefix.held, end)
+        held += range(first, first + prefix.held)
+        held_at += ((prefix.pages[i // PAGE], i % PAGE) for i in range(prefix.held))
+        to_pages = range(max(prefix.held, prefix.written), min(end - first, PAGE * len(prefix.pages)))
+        kept += (start + i - prefix.held for i in to_pages)
+        kept_at += ((prefix.pages[i // PAGE], i % PAGE) for i in to_pages)
+
+    def on_device(values: Sequence[int] | Sequence[tuple[int, int]]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
+
+    held_pages, held_places = on_device(held_at).view(-1, 2).unbind(1)
+    kept_pages, kept_places = on_device(kept_at).view(-1, 2).unbind(1)
+    return Gathered(
+        bounds=torch.tensor(bounds, dtype=torch.int32).to(device, non_blocking=True),
+        longest=max(totals),
+        new=on_device(new),
+        held=on_device(held),
+        held_pages=held_pages,
+        held_places=held_places,
+        kept=on_device(kept),
+        kept_pages=kept_pages,
+        kept_places=kept_places,
+    )
+
+
+def _gather(paging: Paging, layer: int, new: Tensor) -> Tensor:
+    """Keys and values of all tokens, of which the `new` ones [tokens, 2 * heads, dim] are put into pages."""
+    gathered = paging.gathered
+    assert gathered is not None, "the pass is made ready for it"
+    rows = new.flatten(1)
+    paging.pool[gathered.kept_pages, layer, gathered.kept_places] = rows[gathered.kept]
+    out = rows.new_empty(len(gathered.new) + len(gathered.held), rows.shape[1])
+    out[gathered.new] = rows
+    out[gathered.held] = paging.pool[gathered.held_pages, layer, gathered.held_places]
+    return out.view(-1, *new.shape[1:])
+
+
+def _extended(paging: Paging, sequence: int, layer: int, new: Tensor) -> Tensor:
+    """What is held of the keys and values of a sequence, and the `new` ones [tokens, ...], which are put into pages."""
+    held, written = int(paging.held[sequence]), int(paging.written[sequence])
+    pages = paging.pages[paging.bounds[sequence] : paging.bounds[sequence + 1]].long()
+    at = torch.arange(max(held, written), min(held + len(new), len(pages) * PAGE))
+    paging.pool[pages[at // PAGE], layer, at % PAGE] = new.flatten(1)[at - held]
+    old = torch.arange(held)
+    return torch.cat([paging.pool[pages[old // PAGE], layer, old % PAGE].view(held, *new.shape[1:]), new])
 
 
 def _floats(rows: Rows) -> Tensor:
@@ -182,13 +300,32 @@ class CudaKernels(TorchKernels):
         torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
         return torch.compile(function, mode="reduce-overhead", dynamic=False)
 
-    def attention(self, qkv: Tensor, bounds: Tensor, heads: int, kv_heads: int) -> Tensor:
-        q, k, v = qkv.unflatten(1, (heads + 2 * kv_heads, -1)).split((heads, kv_heads, kv_heads), dim=1)
-        longest = len(qkv)  # a bound that is fixed for the bucket, so that graphs can be replayed
-        # num_splits=1: the order of reduction does not depend on the batch.
-        out = varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=(-1, 0), enable_gqa=True, num_splits=1)
-        assert isinstance(out, Tensor), "only a call that asks for more gets a tuple"
+    def attention(
+        self, qkv: Tensor, bounds: Tensor, heads: int, kv_heads: int, paging: Paging | None = None, layer: int = 0
+    ) -> Tensor:
+        q, kv = qkv.unflatten(1, (heads + 2 * kv_heads, -1)).split((heads, 2 * kv_heads), dim=1)
+        longest = longest_k = len(qkv)  # a bound that is fixed for the bucket, so that graphs can be replayed
+        bounds_k = bounds
+        if paging is not None and paging.gathered is not None:
+            kv, bounds_k, longest_k = _gather(paging, layer, kv), paging.gathered.bounds, paging.gathered.longest
+        k, v = kv.chunk(2, dim=1)
+        out: Tensor = self.varlen(q, k, v, bounds, bounds_k, longest, longest_k)
         return out.flatten(1)
+
+    def paging(self, pool: Tensor, prefixes: Sequence[Prefix], lengths: Sequence[int]) -> Paging:
+        paging = super().paging(pool, prefixes, lengths)
+        return paging._replace(gathered=_gathered(prefixes, lengths, pool.device))
+
+    def varlen(
+        self, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, bounds_k: Tensor, longest: int, longest_k: int
+    ) -> Tensor:
+        """Causal attention of the last tokens of packed sequences to all of them; [rows, heads, dim]."""
+        # num_splits=1: the order of reduction does not depend on the batch.
+        out = varlen_attn(
+            q, k, v, bounds, bounds_k, longest, longest_k, window_size=(-1, 0), enable_gqa=True, num_splits=1
+        )
+        assert isinstance(out, Tensor), "only a call that asks for more gets a tuple"
+        return out
 
 
 _SUFFIXES: Final = {torch.float32: "f32", torch.bfloat16: "bf16", torch.int8: "i8"}
@@ -242,12 +379,20 @@ class NativeKernels(TorchKernels):
         self._call("rope", rows.dtype, rows, positions, cos, sin, *rows.shape, heads, 2 * cos.shape[-1])
         return rows
 
-    def attention(self, qkv: Tensor, bounds: Tensor, heads: int, kv_heads: int) -> Tensor:
+    def paged_type(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.bfloat16 if dtype == torch.int8 else dtype
+
+    def attention(
+        self, qkv: Tensor, bounds: Tensor, heads: int, kv_heads: int, paging: Paging | None = None, layer: int = 0
+    ) -> Tensor:
         dim = qkv.shape[1] // (heads + 2 * kv_heads)
         if dim % 64:  # the width of the library's tiles
-            return super().attention(qkv, bounds, heads, kv_heads)
+            return super().attention(qkv, bounds, heads, kv_heads, paging, layer)
         out = qkv.new_empty(len(qkv), heads * dim)
-        self._call("attention", qkv.dtype, qkv, bounds, len(bounds) - 1, out, heads, kv_heads, dim)
+        pages: tuple[Tensor | int | None, ...] = (None, 0, None, None, None, None)
+        if paging is not None:
+            pages = (paging.pool[0, layer], paging.pool.stride(0), *paging[1:5])
+        self._call("attention", qkv.dtype, qkv, bounds, len(bounds) - 1, out, heads, kv_heads, dim, *pages)
         return out
 
     def silu_mul(self, gate_up: Rows, span: int = 0) -> Rows:

@@ -3,14 +3,15 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain, islice, pairwise, repeat
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from guard.errors import CheckpointError
-from guard.model.kernels import Linear, Rows, TorchKernels
+from guard.model.kernels import Linear, Paging, Rows, TorchKernels
+from guard.types import PAGE, Prefix
 
 
 @dataclass(frozen=True)
@@ -129,24 +130,50 @@ class Llama:
         angles = torch.outer(torch.arange(config.max_positions, dtype=torch.float32), rope_frequencies(config))
         self._cos, self._sin = angles.cos().to(self.device), angles.sin().to(self.device)
         self._pass = kernels.compile(self._blocks)
+        self._pool: Tensor | None = None
+
+    @property
+    def page_bytes(self) -> int:
+        """What a page of keys and values takes."""
+        config = self.config
+        values = config.layers * PAGE * 2 * config.kv_heads * config.head_dim
+        return values * self._kernels.paged_type(self.dtype).itemsize
+
+    def reserve(self, pages: int) -> None:
+        """Makes so many pages for keys and values; on the CPU their memory is taken as they are written to."""
+        config = self.config
+        shape = (pages, config.layers, PAGE, 2 * config.kv_heads * config.head_dim)
+        self._pool = torch.empty(shape, dtype=self._kernels.paged_type(self.dtype), device=self.device)
+
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        """What a page holds of its first so many tokens, into another page."""
+        assert self._pool is not None, "pages are reserved before they are used"
+        self._pool[target, :, :tokens] = self._pool[source, :, :tokens]
 
     @torch.inference_mode()
     def read(
-        self, sequences: Sequence[Sequence[int]], reads: Sequence[Sequence[int]], columns: int | None = None
+        self,
+        sequences: Sequence[Sequence[int]],
+        reads: Sequence[Sequence[int]],
+        columns: int | None = None,
+        prefixes: Sequence[Prefix] = (),
     ) -> Tensor:
         """What the head makes of the hidden states after the final norm; float32 [sum of reads, ...], on the CPU.
 
         `sequences` are token ids, one list a sequence; `reads[i]` are the positions to read of sequence i, in order;
-        `columns` are how many of the head's are wanted, by default all.
+        `columns` are how many of the head's are wanted, by default all. `prefixes` are what is held of each sequence,
+        by default nothing; no position that is held can be read.
         The sequences stand in one row without padding between them; only the end of the row is padded to a bucket.
         """
-        lengths = [len(sequence) for sequence in sequences]
+        starts = [prefix.held for prefix in prefixes] or [0] * len(sequences)
+        lengths = [len(sequence) - start for sequence, start in zip(sequences, starts, strict=True)]
         rows = self._kernels.bucket(sum(lengths))
         padding = rows - sum(lengths)  # read as one more sequence
-        ids = [token for sequence in sequences for token in sequence] + [0] * padding
-        positions = [position for length in lengths for position in range(length)] + [0] * padding
+        ids = list(chain.from_iterable(map(islice, sequences, starts, repeat(None)))) + [0] * padding
+        ends = map(len, sequences)
+        positions = list(chain.from_iterable(map(range, starts, ends))) + [0] * padding
         bounds = [0, *accumulate((*lengths, padding))]
-        wanted = [bounds[i] + position for i, row in enumerate(reads) for position in row]
+        wanted = [bounds[i] + position - starts[i] for i, row in enumerate(reads) for position in row]
         count = len(wanted)
         wanted += [0] * (self._kernels.slots(count, rows) - count)
         bounds += [rows] * (self._kernels.slots(len(bounds), rows) - len(bounds))  # sequences without tokens
@@ -154,10 +181,15 @@ class Llama:
         def on_device(values: list[int]) -> Tensor:
             return torch.tensor(values, dtype=torch.int32).to(self.device, non_blocking=True)
 
-        out: Tensor = self._pass(*map(on_device, (ids, positions, bounds, wanted)))
+        run, paging = self._pass, None
+        if self._pool is not None and any(prefix.pages for prefix in prefixes):
+            unpaged = [Prefix()] * (len(bounds) - 1 - len(prefixes))
+            counts = [end - start for start, end in pairwise(bounds)]
+            run, paging = self._blocks, self._kernels.paging(self._pool, [*prefixes, *unpaged], counts)
+        out: Tensor = run(on_device(ids), on_device(positions), on_device(bounds), on_device(wanted), paging)
         return out[:count, :columns].cpu()
 
-    def _blocks(self, ids: Tensor, positions: Tensor, bounds: Tensor, wanted: Tensor) -> Tensor:
+    def _blocks(self, ids: Tensor, positions: Tensor, bounds: Tensor, wanted: Tensor, paging: Paging | None) -> Tensor:
         """ids, positions [T], bounds [S + 1], wanted [R], all int32 -> float32 [R, ...]."""
         kernels, config = self._kernels, self.config
         x = self._embedding[ids].float()  # [T, hidden], the residual stream
@@ -167,7 +199,7 @@ class Llama:
         for i, layer in enumerate(self._layers):
             qkv = layer.qkv(kernels.add_rms_norm(x, delta, layer.attention_norm, config.eps, self.dtype))
             qkv = kernels.rope(qkv, positions, self._cos, self._sin, config.heads + config.kv_heads)
-            context = kernels.attention(qkv, bounds, config.heads, config.kv_heads)
+            context = kernels.attention(qkv, bounds, config.heads, config.kv_heads, paging, i)
             if i + 1 == config.layers:  # no later layer looks at the other tokens
                 x, context = x[wanted], context[wanted]
             gate_up = layer.gate_up(kernels.add_rms_norm(x, layer.out(context), layer.mlp_norm, config.eps, self.dtype))

@@ -14,7 +14,7 @@ from guard.model.chat import ChatTokenizer
 from guard.model.checkpoint import load_tensors, read_checkpoint
 from guard.model.kernels import Linear, NativeKernels, Rows, TorchKernels, fastest
 from guard.model.llama import Llama, LlamaConfig
-from guard.types import Conversation, Head, LongInput, ModelInfo, Revision, Role, Scores, Tokens
+from guard.types import Conversation, Head, LongInput, ModelInfo, Prefix, Revision, Role, Scores, Tokens
 
 
 class TurnClassifier:
@@ -58,11 +58,28 @@ class TurnClassifier:
         """The windows to read for a conversation; raises InputError where a text is not valid Unicode."""
         return self._tokenizer.tokenise(conversation, long_input)
 
-    def score(self, batch: Sequence[Tokens]) -> list[tuple[Scores, ...]]:
-        """Scores for each span of each element, in one pass; raises ModelFailed where a score is not a number."""
+    @property
+    def page_bytes(self) -> int:
+        """What a page of keys and values takes."""
+        return self._llama.page_bytes
+
+    def reserve(self, pages: int) -> None:
+        """Makes so many pages of keys and values, for `score` to keep what it reads in."""
+        self._llama.reserve(pages)
+
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        """What a page holds of its first so many tokens, into another page."""
+        self._llama.copy(source, target, tokens)
+
+    def score(self, batch: Sequence[Tokens], prefixes: Sequence[Prefix] = ()) -> list[tuple[Scores, ...]]:
+        """Scores for each span of each element, in one pass; raises ModelFailed where a score is not a number.
+
+        `prefixes` are what is held of each element, by default nothing; the end of no span is.
+        """
         reads = [[span.end - 1 for span in tokens.spans] for tokens in batch]
         asked = {tokens.heads for tokens in batch}
-        out = self._llama.read([tokens.ids for tokens in batch], reads, None if any(asked) else self._outputs)
+        columns = None if any(asked) else self._outputs
+        out = self._llama.read([tokens.ids for tokens in batch], reads, columns, prefixes)
         if not bool(torch.isfinite(out).all()):
             raise ModelFailed("the model gave a score that is not a number")
         logits, hidden = out[:, : self._outputs].tolist(), out[:, self._outputs :]  # [sum of spans, …]

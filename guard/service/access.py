@@ -5,12 +5,16 @@ import hmac
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from contextvars import ContextVar
 from pathlib import Path
 
 from structlog.typing import FilteringBoundLogger
 
 from guard.errors import ConfigError, Unauthenticated
 from guard.service.files import stamp
+
+caller: ContextVar[str] = ContextVar("caller", default="")
+"""The name of whose call is being served."""
 
 
 class Tokens:

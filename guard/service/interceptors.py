@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError, Message
 from grpc_status import rpc_status
 
 from guard.errors import Draining, InputError, RateLimited
-from guard.service.access import RateLimit, Tokens
+from guard.service.access import RateLimit, Tokens, caller
 from guard.service.status import code_of, reason_of, retry_after_ms, to_status
 from guard.telemetry import Telemetry
 
@@ -134,6 +134,7 @@ class Calls(grpc.aio.ServerInterceptor):
                 try:
                     if guarded:
                         call.client = self._identify(call, context)
+                        caller.set(call.client)
                         if self._draining.done():
                             raise Draining
                     yield call

@@ -25,6 +25,7 @@ class Judge(Protocol):
         deadline: float | None = None,
         metadata: Mapping[str, str] = NO_METADATA,
         conversation_id: str = "",
+        client: str = "",
     ) -> Decision: ...
 
     async def adopt(self, policies: PolicyStore) -> None: ...

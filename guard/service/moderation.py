@@ -11,6 +11,7 @@ import grpc
 from guard.errors import InputError
 from guard.policy.store import PolicyStore
 from guard.service import convert
+from guard.service.access import caller
 from guard.service.rollout import Rollout
 from guard.service.status import reason_of, to_item_error
 from guard.settings import Settings
@@ -105,6 +106,7 @@ class Moderation(ModerationServicer):
             deadline=deadline,
             metadata=request.metadata,
             conversation_id=request.conversation_id,
+            client=caller.get(),
         )
         self._telemetry.metrics.decided(decision)
         self._rollout.decided(decision)

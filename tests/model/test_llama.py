@@ -3,10 +3,12 @@
 import functools
 import json
 from collections.abc import Sequence
+from itertools import pairwise
 from random import Random
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,13 +19,28 @@ from guard.model.checkpoint import as_integers, load_tensors, read_checkpoint
 from guard.model.kernels import CudaKernels, NativeKernels, TorchKernels, span_of, turned
 from guard.model.llama import Llama, LlamaConfig
 from guard.settings import Settings
+from guard.types import PAGE, Prefix
 
 
-class CudaShapes(TorchKernels):
-    """Computes as torch does on the CPU, in the shapes that CUDA graphs are made for."""
+class CudaShapes(CudaKernels):
+    """Computes as torch does on the CPU, in the shapes that CUDA graphs are made for and with packed keys."""
 
-    bucket = CudaKernels.bucket
-    slots = CudaKernels.slots
+    linear = TorchKernels.linear
+    compile = TorchKernels.compile
+
+    def varlen(
+        self, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, bounds_k: Tensor, longest: int, longest_k: int
+    ) -> Tensor:
+        out = torch.empty_like(q)
+        for (start, end), (first, last) in zip(pairwise(bounds.tolist()), pairwise(bounds_k.tolist()), strict=True):
+            if start < end:
+                own_q, own_k, own_v = (
+                    t.transpose(0, 1).unsqueeze(0) for t in (q[start:end], k[first:last], v[first:last])
+                )
+                mask = torch.ones(end - start, last - first, dtype=torch.bool).tril(last - first - (end - start))
+                attended = F.scaled_dot_product_attention(own_q, own_k, own_v, attn_mask=mask, enable_gqa=True)
+                out[start:end] = attended.squeeze(0).transpose(0, 1)
+        return out
 
 
 FORMS: dict[str, TorchKernels] = {"torch": TorchKernels(), "CUDA's shapes": CudaShapes()}
@@ -176,6 +193,49 @@ def test_a_position_reads_the_same_whatever_follows(form: str) -> None:
     for row, end in zip(together, ends, strict=True):
         ending = model.read([ids[: end + 1]], [[end]])[0]
         torch.testing.assert_close(row, ending, rtol=0, atol=0 if form == "native" else 1e-4)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
+@settings(deadline=None, max_examples=20)
+@given(
+    cuts=st.lists(st.integers(1, 199), max_size=6, unique=True).map(sorted),
+    paged=st.integers(0, 4),
+    lengths=st.lists(st.integers(1, 100), max_size=3),
+)
+def test_what_is_held_need_not_be_read(
+    form: str, dtype: torch.dtype, cuts: list[int], paged: int, lengths: list[int]
+) -> None:
+    """Read piece by piece a sequence gives what it gives as a whole: to the bit, but for torch's own attention.
+
+    So it does among others, and where pages are there for its beginning alone.
+    """
+    model = packed("llama3", form, dtype)
+    model.reserve(6)
+    ids, pages = random_ids(200, seed=1), (4, 1, 3, 0)[:paged]
+    others = [random_ids(length, seed) for seed, length in enumerate(lengths)]
+    whole = model.read([ids], [range(200)])
+    atol = 0 if form == "native" else 1e-4 if dtype == torch.float32 else 0.1
+    held = 0
+    for end in [*cuts, 200]:
+        read = model.read(
+            [*others, ids[:end]],
+            [[]] * len(others) + [range(held, end)],
+            prefixes=[Prefix()] * len(others) + [Prefix(held, held, pages)],
+        )
+        torch.testing.assert_close(read, whole[held:end], rtol=0, atol=atol)
+        held = min(end, PAGE * paged)
+
+
+def test_a_page_that_is_written_stays_as_it_is() -> None:
+    """Tokens that are read again over what their pages hold find it there; a copied beginning of a page is as good."""
+    model = packed("llama3", next(reversed(FORMS)))
+    model.reserve(3)
+    ids = random_ids(100, seed=2)
+    whole = model.read([ids], [[99]], prefixes=[Prefix(0, 0, (0, 1))])
+    assert torch.equal(model.read([ids], [[99]], prefixes=[Prefix(99, 100, (0, 1))]), whole)
+    model.copy(1, 2, 20)
+    assert torch.equal(model.read([ids], [[99]], prefixes=[Prefix(64 + 20, 64 + 20, (0, 2))]), whole)
 
 
 def test_forms_agree() -> None:

@@ -270,14 +270,45 @@ void rope(T* qkv, const float* scales, const int32_t* positions, const float* co
   }
 }
 
+// Keys and values that stay from pass to pass, in pages of kBlock tokens; a row has the keys of all heads, then the
+// values. Sequence s has pages[bounds[s]:bounds[s + 1]], in order. Its first held[s] tokens were read before and are no
+// rows of this pass; those from written[s] on are still to be put into their pages.
+template <typename T>
+struct Paging {
+  T* layer;        // where this layer begins in the first page
+  int64_t stride;  // from page to page
+  const int32_t *held, *written, *bounds, *pages;
+};
+
+// Rows of the sequence's token 0 (it may lie before the first row), first query position, how many, key head; pages.
 struct Work {
-  int32_t start, query, queries, head;  // first token of the sequence, first query position, how many, key head
+  int32_t origin, query, queries, head;
+  const int32_t* pages;
+  int32_t count;
+};
+
+// Where keys and values of some tokens of a sequence stand: in a page, or else in rows of this pass.
+template <typename T>
+struct Block {
+  const T *keys, *values;
+  int64_t stride;
+  Block(const Work& work, const T* qkv, const Paging<T>& paging, int begin, int heads, int kv_heads, int dim) {
+    if (begin / kBlock < work.count) {
+      stride = 2 * kv_heads * dim;
+      keys = paging.layer + work.pages[begin / kBlock] * paging.stride + work.head * dim;
+    } else {
+      stride = (heads + 2 * kv_heads) * dim;
+      keys = qkv + (static_cast<int64_t>(work.origin) + begin) * stride + (heads + work.head) * dim;
+    }
+    values = keys + kv_heads * dim;
+  }
 };
 
 // Online softmax over blocks of keys (Milakov & Gimelshein 2018; FlashAttention, Dao 2022). A block holds the query
 // heads that share a key head, so that keys are read once for all of them.
 template <typename T>
-void attend(const Work& work, const T* qkv, T* out, int group, int heads, int kv_heads, int dim, float* scratch) {
+void attend(const Work& work, const T* qkv, const Paging<T>& paging, T* out, int group, int heads, int kv_heads, int dim,
+            float* scratch) {
   const int stride = (heads + 2 * kv_heads) * dim, rows = work.queries * group;
   float* q = scratch;                    // [rows, dim], scaled
   float* scores = q + rows * dim;        // [rows, kBlock]
@@ -287,10 +318,9 @@ void attend(const Work& work, const T* qkv, T* out, int group, int heads, int kv
   float* top = values + kBlock * dim;    // [rows], running maximum
   float* mass = top + rows;              // [rows], running sum
   const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
-  const T* sequence = qkv + static_cast<int64_t>(work.start) * stride;
 
   for (int i = 0; i < rows; ++i) {
-    const T* from = sequence + static_cast<int64_t>(work.query + i / group) * stride + (work.head * group + i % group) * dim;
+    const T* from = qkv + (static_cast<int64_t>(work.origin) + work.query + i / group) * stride + (work.head * group + i % group) * dim;
     for (int d = 0; d < dim; ++d) q[i * dim + d] = load(from[d]) * scale;
     top[i] = -INFINITY;
     mass[i] = 0;
@@ -300,9 +330,9 @@ void attend(const Work& work, const T* qkv, T* out, int group, int heads, int kv
   const int last = work.query + work.queries;  // keys that any of these queries may see
   for (int begin = 0; begin < last; begin += kBlock) {
     const int count = std::min(kBlock, last - begin);
+    const Block<T> block(work, qkv, paging, begin, heads, kv_heads, dim);
     for (int k = 0; k < kBlock; ++k) {
-      const T* key = sequence + static_cast<int64_t>(begin + k) * stride + (heads + work.head) * dim;
-      const T* value = key + kv_heads * dim;
+      const T *key = block.keys + k * block.stride, *value = block.values + k * block.stride;
       for (int d = 0; d < dim; ++d) {
         keys[d * kBlock + k] = k < count ? load(key[d]) : 0.0f;
         values[k * dim + d] = k < count ? load(value[d]) : 0.0f;
@@ -336,7 +366,7 @@ void attend(const Work& work, const T* qkv, T* out, int group, int heads, int kv
     product(scores, kBlock, values, dim, acc, dim, rows, dim, kBlock);
   }
   for (int i = 0; i < rows; ++i) {
-    T* to = out + (static_cast<int64_t>(work.start) + work.query + i / group) * heads * dim + (work.head * group + i % group) * dim;
+    T* to = out + (static_cast<int64_t>(work.origin) + work.query + i / group) * heads * dim + (work.head * group + i % group) * dim;
     const float inverse = 1.0f / mass[i];
     for (int d = 0; d < dim; ++d) store(to + d, acc[i * dim + d] * inverse);
   }
@@ -395,7 +425,8 @@ inline __m512i pairs(__m256i a, __m256i b) {
 
 // The same on tiles of bfloat16. Scores and results stand transposed, with a query in each lane, so that the softmax
 // goes down the rows; keys ahead of a query count nothing, which leaves every sum to the bit as it would be without.
-void attend(const Work& work, const bf16* qkv, bf16* out, int group, int heads, int kv_heads, int dim, float* scratch) {
+void attend(const Work& work, const bf16* qkv, const Paging<bf16>& paging, bf16* out, int group, int heads, int kv_heads,
+            int dim, float* scratch) {
   const int stride = (heads + 2 * kv_heads) * dim, rows = work.queries * group;
   const int width = (rows + kTile - 1) / kTile * kTile;
   uint32_t* q = reinterpret_cast<uint32_t*>(scratch);        // [dim / 2, width], pairs of dimensions
@@ -407,16 +438,15 @@ void attend(const Work& work, const bf16* qkv, bf16* out, int group, int heads, 
   float* scores = reinterpret_cast<float*>(values + dim * kBlock / 2);          // [kBlock, kTile]
   uint32_t* shares = reinterpret_cast<uint32_t*>(scores + kBlock * kTile);      // [kBlock / 2, kTile], pairs of keys
   const __m512 scale = _mm512_set1_ps(1.44269504f / std::sqrt(static_cast<float>(dim)));
-  const bf16* sequence = qkv + static_cast<int64_t>(work.start) * stride;
   const auto query = [&](int i) {
-    return static_cast<int64_t>(work.query + i / group) * stride + (work.head * group + i % group) * dim;
+    return qkv + (static_cast<int64_t>(work.origin) + work.query + i / group) * stride + (work.head * group + i % group) * dim;
   };
 
   for (int d = 0; d < dim; d += 2 * kTile)
     for (int j = 0; j < width; j += kTile) {
       __m512i block[kTile];
       for (int i = 0; i < kTile; ++i)
-        block[i] = j + i < rows ? _mm512_loadu_si512(sequence + query(j + i) + d) : _mm512_setzero_si512();
+        block[i] = j + i < rows ? _mm512_loadu_si512(query(j + i) + d) : _mm512_setzero_si512();
       transpose(block);
       for (int i = 0; i < kTile; ++i) _mm512_storeu_si512(q + (d / 2 + i) * width + j, block[i]);
     }
@@ -427,18 +457,17 @@ void attend(const Work& work, const bf16* qkv, bf16* out, int group, int heads, 
   for (int begin = 0; begin < last; begin += kBlock) {
     const int count = std::min(kBlock, last - begin);
     const int used = (count + 2 * kTile - 1) / (2 * kTile) * 2 * kTile;
-    const bf16* key = sequence + static_cast<int64_t>(begin) * stride + (heads + work.head) * dim;
+    const Block<bf16> from(work, qkv, paging, begin, heads, kv_heads, dim);
     for (int k = 0; k < used; ++k) {
       if (k < count)
-        std::memcpy(keys + k * dim, key + static_cast<int64_t>(k) * stride, dim * sizeof(bf16));
+        std::memcpy(keys + k * dim, from.keys + k * from.stride, dim * sizeof(bf16));
       else
         std::memset(keys + k * dim, 0, dim * sizeof(bf16));
     }
-    const bf16* value = key + kv_heads * dim;
     for (int k = 0; k < used; k += 2 * kTile)
       for (int d = 0; d < dim; d += kTile) {
         const auto row = [&](int at) {
-          return at < count ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(value + static_cast<int64_t>(at) * stride + d))
+          return at < count ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from.values + at * from.stride + d))
                             : _mm256_setzero_si256();
         };
         __m512i block[kTile];
@@ -511,7 +540,7 @@ void attend(const Work& work, const bf16* qkv, bf16* out, int group, int heads, 
         block[i] = _mm512_castps_si512(_mm512_mul_ps(_mm512_loadu_ps(acc + (d + i) * width + j), inverse));
       transpose(block);
       for (int i = 0; i < std::min(kTile, rows - j); ++i) {
-        bf16* to = out + (static_cast<int64_t>(work.start) + work.query + (j + i) / group) * heads * dim +
+        bf16* to = out + (static_cast<int64_t>(work.origin) + work.query + (j + i) / group) * heads * dim +
                    (work.head * group + (j + i) % group) * dim + d;
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(_mm512_castsi512_ps(block[i])));
       }
@@ -525,16 +554,28 @@ struct Tiles {};
 
 #endif
 
-// bounds [sequences + 1]: sequence s is rows bounds[s]:bounds[s + 1] of qkv [rows, (heads + 2 * kv_heads) * dim].
+// bounds [sequences + 1]: of sequence s, rows bounds[s]:bounds[s + 1] of qkv [rows, (heads + 2 * kv_heads) * dim] are
+// the tokens to be computed; where paging.held is null, they are all that there are.
 template <typename T>
 void attention(const T* qkv, const int32_t* bounds, int64_t sequences, T* out, int64_t heads, int64_t kv_heads,
-               int64_t dim) {
+               int64_t dim, const Paging<T>& paging) {
+  const int64_t width = 2 * kv_heads * dim;  // of a row of keys and values
+  struct Move { const T* from; T* to; };
+  std::vector<Move> moves;
   std::vector<Work> works;
   for (int64_t s = 0; s < sequences; ++s) {
-    const int32_t length = bounds[s + 1] - bounds[s];
-    for (int32_t query = 0; query < length; query += kBlock)
+    const int32_t held = paging.held ? paging.held[s] : 0, first = paging.held ? paging.bounds[s] : 0;
+    const int32_t origin = bounds[s] - held, length = bounds[s + 1] - origin;
+    if (length == held) continue;
+    const int32_t* pages = paging.pages + first;
+    const int32_t count = paging.held ? paging.bounds[s + 1] - first : 0;
+    if (count)
+      for (int32_t i = std::max(held, paging.written[s]); i < std::min(length, count * kBlock); ++i)
+        moves.push_back({qkv + (static_cast<int64_t>(origin) + i) * (heads * dim + width) + heads * dim,
+                         paging.layer + pages[i / kBlock] * paging.stride + i % kBlock * width});
+    for (int32_t query = held; query < length; query += kBlock)
       for (int32_t head = 0; head < kv_heads; ++head)
-        works.push_back({bounds[s], query, std::min(kBlock, length - query), head});
+        works.push_back({origin, query, std::min(kBlock, length - query), head, pages, count});
   }
   // Longest first, so that threads end together.
   std::stable_sort(works.begin(), works.end(), [](const Work& a, const Work& b) { return a.query > b.query; });
@@ -543,12 +584,15 @@ void attention(const T* qkv, const int32_t* bounds, int64_t sequences, T* out, i
   const int64_t size = rows * (2 * dim + kBlock + 2) + 2 * kBlock * dim;
 #pragma omp parallel
   {
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < static_cast<int64_t>(moves.size()); ++i)
+      std::memcpy(moves[i].to, moves[i].from, width * sizeof(T));
     [[maybe_unused]] const Tiles tiles;
     std::vector<float> scratch(size);
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < static_cast<int64_t>(works.size()); ++i)
-      attend(works[i], qkv, out, group, static_cast<int>(heads), static_cast<int>(kv_heads), static_cast<int>(dim),
-             scratch.data());
+      attend(works[i], qkv, paging, out, group, static_cast<int>(heads), static_cast<int>(kv_heads),
+             static_cast<int>(dim), scratch.data());
   }
 }
 
@@ -567,8 +611,10 @@ void attention(const T* qkv, const int32_t* bounds, int64_t sequences, T* out, i
     rope(qkv, nullptr, positions, cos, sin, rows, stride, heads, dim);                                                \
   }                                                                                                                   \
   void guard_attention_##SUFFIX(const T* qkv, const int32_t* bounds, int64_t sequences, T* out, int64_t heads,        \
-                                int64_t kv_heads, int64_t dim) {                                                      \
-    attention(qkv, bounds, sequences, out, heads, kv_heads, dim);                                                     \
+                                int64_t kv_heads, int64_t dim, T* layer, int64_t page_stride, const int32_t* held,    \
+                                const int32_t* written, const int32_t* page_bounds, const int32_t* pages) {           \
+    attention(qkv, bounds, sequences, out, heads, kv_heads, dim,                                                      \
+              Paging<T>{layer, page_stride, held, written, page_bounds, pages});                                      \
   }
 
 extern "C" {
