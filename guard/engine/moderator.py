@@ -42,7 +42,7 @@ from guard.types import (
     Verdict,
 )
 
-_BATCH_TOKENS = {"cpu": 512, "cuda": 16_384}  # where larger batches hardly gain throughput, and only add waiting
+_BATCH_TOKENS = {"cpu": 512, "cuda": 4096}  # where larger batches hardly gain throughput, and only add waiting
 _TOKEN_CHARACTERS = 4  # of a token, about
 
 

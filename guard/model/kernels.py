@@ -60,7 +60,6 @@ class Paging(NamedTuple):
 
 
 Linear = Callable[[Rows], Rows]
-Pass = Callable[[Tensor, Tensor, Tensor, Tensor, Paging | None], Tensor]
 
 
 _LANES = 16  # float32 numbers of the widest vectors
@@ -104,14 +103,6 @@ class TorchKernels:
         """The rows that `tokens` are padded to, so that the same shapes are met again."""
         step = 16 if tokens <= 256 else 1 << ((tokens - 1).bit_length() - 4)  # at most an eighth is padding
         return -(-tokens // step) * step
-
-    def slots(self, used: int, rows: int) -> int:
-        """The sequences, or the tokens to be scored, that `used` of them are padded to, in a pass of `rows` rows."""
-        return self.bucket(used)
-
-    def compile(self, function: Pass) -> Pass:
-        """The form of a whole pass that runs fastest."""
-        return function
 
     def add_rms_norm(self, x: Tensor, delta: Rows | None, weight: Tensor, eps: float, dtype: torch.dtype) -> Rows:
         """Adds `delta` to the float32 residual `x` [rows, hidden] in place, and returns its RMS norm in `dtype`."""
@@ -280,7 +271,7 @@ def _integer_linear(
 
 
 class CudaKernels(TorchKernels):
-    """Torch on CUDA: the library's attention over packed rows, each bucket compiled once and replayed as a graph."""
+    """Torch on CUDA, with the library's attention over packed rows."""
 
     name = "torch-cuda"
 
@@ -290,21 +281,11 @@ class CudaKernels(TorchKernels):
         assert scales is None, "products of integers are the CPU's"
         return lambda x: F.linear(_floats(x), weight, bias)
 
-    def bucket(self, tokens: int) -> int:
-        return max(64, 1 << (tokens - 1).bit_length())
-
-    def slots(self, used: int, rows: int) -> int:
-        return max(rows // 4, self.bucket(used) if used > rows // 4 else 0)  # so that rows alone decide the shapes
-
-    def compile(self, function: Pass) -> Pass:
-        torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
-        return torch.compile(function, mode="reduce-overhead", dynamic=False)
-
     def attention(
         self, qkv: Tensor, bounds: Tensor, heads: int, kv_heads: int, paging: Paging | None = None, layer: int = 0
     ) -> Tensor:
         q, kv = qkv.unflatten(1, (heads + 2 * kv_heads, -1)).split((heads, 2 * kv_heads), dim=1)
-        longest = longest_k = len(qkv)  # a bound that is fixed for the bucket, so that graphs can be replayed
+        longest = longest_k = len(qkv)  # a bound that needs no look at what is on the device
         bounds_k = bounds
         if paging is not None and paging.gathered is not None:
             kv, bounds_k, longest_k = _gather(paging, layer, kv), paging.gathered.bounds, paging.gathered.longest

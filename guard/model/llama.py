@@ -129,7 +129,6 @@ class Llama:
         self._norm = take("norm.weight").float()
         angles = torch.outer(torch.arange(config.max_positions, dtype=torch.float32), rope_frequencies(config))
         self._cos, self._sin = angles.cos().to(self.device), angles.sin().to(self.device)
-        self._pass = kernels.compile(self._blocks)
         self._pool: Tensor | None = None
 
     @property
@@ -175,18 +174,18 @@ class Llama:
         bounds = [0, *accumulate((*lengths, padding))]
         wanted = [bounds[i] + position - starts[i] for i, row in enumerate(reads) for position in row]
         count = len(wanted)
-        wanted += [0] * (self._kernels.slots(count, rows) - count)
-        bounds += [rows] * (self._kernels.slots(len(bounds), rows) - len(bounds))  # sequences without tokens
+        wanted += [0] * (self._kernels.bucket(count) - count)
+        bounds += [rows] * (self._kernels.bucket(len(bounds)) - len(bounds))  # sequences without tokens
 
         def on_device(values: list[int]) -> Tensor:
             return torch.tensor(values, dtype=torch.int32).to(self.device, non_blocking=True)
 
-        run, paging = self._pass, None
+        paging = None
         if self._pool is not None and any(prefix.pages for prefix in prefixes):
             unpaged = [Prefix()] * (len(bounds) - 1 - len(prefixes))
             counts = [end - start for start, end in pairwise(bounds)]
-            run, paging = self._blocks, self._kernels.paging(self._pool, [*prefixes, *unpaged], counts)
-        out: Tensor = run(on_device(ids), on_device(positions), on_device(bounds), on_device(wanted), paging)
+            paging = self._kernels.paging(self._pool, [*prefixes, *unpaged], counts)
+        out = self._blocks(on_device(ids), on_device(positions), on_device(bounds), on_device(wanted), paging)
         return out[:count, :columns].cpu()
 
     def _blocks(self, ids: Tensor, positions: Tensor, bounds: Tensor, wanted: Tensor, paging: Paging | None) -> Tensor:

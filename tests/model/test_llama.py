@@ -23,10 +23,9 @@ from guard.types import PAGE, Prefix
 
 
 class CudaShapes(CudaKernels):
-    """Computes as torch does on the CPU, in the shapes that CUDA graphs are made for and with packed keys."""
+    """Computes as torch does on the CPU, with keys and values packed as they are for CUDA."""
 
     linear = TorchKernels.linear
-    compile = TorchKernels.compile
 
     def varlen(
         self, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, bounds_k: Tensor, longest: int, longest_k: int
@@ -43,7 +42,7 @@ class CudaShapes(CudaKernels):
         return out
 
 
-FORMS: dict[str, TorchKernels] = {"torch": TorchKernels(), "CUDA's shapes": CudaShapes()}
+FORMS: dict[str, TorchKernels] = {"torch": TorchKernels(), "packed": CudaShapes()}
 if native := NativeKernels.find():
     FORMS["native"] = native
 
