@@ -25,8 +25,9 @@ serve: $(VENV)/.serve ## Serve the embedded model (LISTEN=127.0.0.1:50051 HTTP=1
 
 setup: $(VENV)/.dev ## Install everything that development needs into .venv
 
+# A process a core, each with one thread, so that they are not in each other's way.
 test: $(VENV)/.dev ## Run the tests, with the coverage of guard/
-	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --cov --cov-report=term $(ARGS)
 
 lint: $(VENV)/.dev ## ruff, and hadolint where it is installed
 	$(BIN)/ruff check

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from guard.settings import Settings
-from tests.cli.command import guard
+from tests.cli.command import guard, shell
 
 HELP = """
 import sys
@@ -36,12 +36,12 @@ async def test_every_setting_is_a_flag_of_serve_that_is_explained() -> None:
 
 async def test_the_version_is_that_of_the_package() -> None:
     """--version prints what was installed."""
-    assert (await guard("--version")).out == version("guard-moderation") + "\n"
+    assert (await shell("--version")).out == version("guard-moderation") + "\n"
 
 
 async def test_all_wrong_settings_are_told_at_once_by_their_source() -> None:
     """Flags and variables that cannot be used are one line each, and exit with 2."""
-    result = await guard("serve", "--max-turns", "many", GUARD_MAX_TURN="3")
+    result = await shell("serve", "--max-turns", "many", GUARD_MAX_TURN="3")
     assert (result.code, result.out) == (2, "")
     assert result.err.splitlines() == [
         "error: GUARD_MAX_TURN: unknown setting, did you mean max_turns?",

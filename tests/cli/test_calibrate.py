@@ -24,7 +24,7 @@ def rows(tmp_path: Path) -> Path:
 async def test_calibration_is_fitted_to_ones_own_rows(tmp_path: Path, rows: Path) -> None:
     """The new model's mean score is the share of unsafe rows; its weights are those it had."""
     model = write_model(tmp_path / "model")
-    result = await guard("calibrate", rows, "--model", model, "--out", tmp_path / "new", OMP_NUM_THREADS="1")
+    result = await guard("calibrate", rows, "--model", model, "--out", tmp_path / "new")
     assert (result.code, result.err) == (0, "")
     before, after = read_checkpoint(model), read_checkpoint(tmp_path / "new")
     assert before.calibration[Role.USER] != after.calibration[Role.USER]
@@ -54,7 +54,7 @@ async def test_probabilities_are_for_the_share_of_unsafe_turns_that_is_expected(
 async def test_int8_is_allowed_where_it_agrees(tmp_path: Path, rows: Path) -> None:
     """Quantising says how far int8 moves scores, and the model directory says whether it may be chosen."""
     model = write_model(tmp_path / "model")
-    result = await guard("quantize", rows, "--model", model, "--out", tmp_path / "new", OMP_NUM_THREADS="1")
+    result = await guard("quantize", rows, "--model", model, "--out", tmp_path / "new")
     assert (result.code, result.err) == (0, "")
     products = json.loads(result.out)["products"]
     assert products["rows"] == 200

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.cli.command import guard, start
+from tests.cli.command import guard, shell, start
 
 CONVERSATION = json.dumps(
     {
@@ -49,7 +49,7 @@ async def test_a_check_here_and_one_by_a_server_agree() -> None:
     async with served() as server:
         there = await guard("client", "check", "--json", "--role", "agent", "You are worthless.", "--server", server)
         turns_there = await guard("client", "conversation", "--json", "--server", server, stdin=CONVERSATION)
-    here = await guard("check", "--json", "--role", "agent", "You are worthless.")
+    here = await shell("check", "--json", "--role", "agent", "You are worthless.")
     turns_here = await guard("check", "--json", "--all", stdin=CONVERSATION)
     assert here.code == there.code
     assert turns_here.code == turns_there.code == 0

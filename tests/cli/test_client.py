@@ -9,7 +9,7 @@ from pathlib import Path
 
 import trustme
 
-from tests.cli.command import Result, guard, start
+from tests.cli.command import Result, guard, shell, start
 from tests.conftest import Serve, Service, until
 
 CONVERSATION = {
@@ -102,7 +102,7 @@ async def test_many_lines_are_answered_by_id_and_bad_ones_do_not_stop_the_rest(s
         b'{"id": "e", "text": "\\ud800"}',
         b'{"id": "f", "text": "hello", "policy": "none"}',
     ]
-    result = await guard("client", "many", "--server", service.target, stdin=b"\n".join(lines))
+    result = await shell("client", "many", "--server", service.target, stdin=b"\n".join(lines))
     answers = {answer.pop("id"): answer for answer in map(json.loads, result.out.splitlines())}
     assert answers["a"]["response"]["verdict"]["action"] == "ACTION_BLOCK"
     assert answers["3"]["response"]["verdict"]["coverage"] == {"seen": 2, "total": 2}
@@ -116,7 +116,7 @@ async def test_many_lines_are_answered_by_id_and_bad_ones_do_not_stop_the_rest(s
 async def test_thousands_of_lines_are_answered_each_once(service: Service) -> None:
     """More lines than a stream may have in flight all come back, and none twice."""
     lines = b"".join(b'{"text": "attack"}\n' if number % 2 else b'{"text": "hello"}\n' for number in range(3000))
-    result = await guard("client", "many", "--server", service.target, stdin=lines)
+    result = await shell("client", "many", "--server", service.target, stdin=lines)
     answers = [json.loads(line) for line in result.out.splitlines()]
     assert result.code == 0
     assert sorted(int(answer["id"]) for answer in answers) == list(range(1, 3001))

@@ -24,7 +24,6 @@ async def test_what_is_measured_is_what_is_served(tmp_path: Path) -> None:
     result = await guard(
         "evaluate",
         *(rows, table, "--model", first, "--against", second, "--threshold", "0.6", "--out", tmp_path / "out"),
-        OMP_NUM_THREADS="1",
     )
     assert (result.code, result.err) == (0, "")
     headings = [line.strip() for line in result.out.splitlines()]

@@ -43,7 +43,7 @@ def content(path: Path) -> str:
 
 
 async def run(shop: Path, *arguments: str | Path) -> Result:
-    return await guard("policy", "fit", shop, *arguments, "--model", shop.parent / "model", OMP_NUM_THREADS="1")
+    return await guard("policy", "fit", shop, *arguments, "--model", shop.parent / "model")
 
 
 async def test_a_category_is_learned_and_its_threshold_fitted(shop: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from guard.policy.schema import json_schema
 from tests import keys
-from tests.cli.command import guard
+from tests.cli.command import guard, shell
 
 POLICY = """\
 description: For a tutor.
@@ -84,7 +84,7 @@ async def test_lint_tells_problems_and_warnings_by_place(policy: Path) -> None:
     assert [relaxed.code, strict.code] == [0, 1]
     assert relaxed.out.splitlines() == strict.out.splitlines() == [warning, "1 good, 1 warnings"]
     write(policy, POLICY.replace("action: redirect", "action: redirekt"))
-    wrong = await guard("policy", "lint", policy)
+    wrong = await shell("policy", "lint", policy)
     assert wrong.code == 2
     assert wrong.err == (
         f"error: {policy}:8:13: rules.falcon.action: expected one of flag, redirect, block, found 'redirekt'"

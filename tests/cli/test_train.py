@@ -1,8 +1,8 @@
 """`guard train`, from rows to a model that can be asked."""
 
+import asyncio
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -25,7 +25,7 @@ async def test_what_was_trained_can_be_served(tmp_path: Path) -> None:
     paths = {"data": data, "base": base, "work": tmp_path / "work", "out": tmp_path / "out"}
     paths |= {"benchmarks": tmp_path / "unseen"}
     options = [f"--{name}={path}" for name, path in (paths | {"recipe": tmp_path / "recipe.yaml"}).items()]
-    trained = await guard("train", *options, "--steps=40", "--name=colours", "--no-compile", OMP_NUM_THREADS="1")
+    trained = await guard("train", *options, "--steps=40", "--name=colours", "--no-compile")
     assert trained.code == 0
     assert trained.err.splitlines()[-1].startswith("step 40 of 40, loss ")
     assert json.loads(trained.out)["auroc"] > 0.9
@@ -33,33 +33,31 @@ async def test_what_was_trained_can_be_served(tmp_path: Path) -> None:
     assert "| tints | 40 | 20 |" in card
     assert "| reds | 12 | 12 |" in card
 
-    answers = [
-        await guard("check", "--json", "--model", paths["out"], text, OMP_NUM_THREADS="1")
-        for text in ("red 7", "blue 8")
-    ]
+    answers = [await guard("check", "--json", "--model", paths["out"], text) for text in ("red 7", "blue 8")]
     red, blue = (json.loads(answer.out) for answer in answers)
     assert red["provenance"]["model"] == "colours"
     assert red["verdict"]["scores"]["unsafe"] > blue["verdict"]["scores"]["unsafe"]
 
 
-def test_several_processes_take_the_steps_of_one(tmp_path: Path) -> None:
+async def test_several_processes_take_the_steps_of_one(tmp_path: Path) -> None:
     """Under torchrun each computes a share of every step, and the first writes the model."""
     torch.manual_seed(1)
     (tmp_path / "recipe.yaml").write_text(json.dumps(RECIPE))
     data, base = write_rows(tmp_path / "data", colours(120)), write_base(tmp_path / "base")
-    found = []
-    for processes in (1, 2):
-        out = tmp_path / f"by-{processes}"
-        options = {"recipe": tmp_path / "recipe.yaml", "data": data, "base": base, "work": f"{out}-work", "out": out}
-        command = ["torchrun", "--standalone", "--no-python", f"--nproc-per-node={processes}", "guard", "train"]
-        command += [f"--{name}={value}" for name, value in options.items()]
-        scripts = Path(sys.executable).parent
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{scripts}:{os.environ['PATH']}"}
-        subprocess.run([*command, "--steps=8", "--no-compile"], check=True, capture_output=True, env=environment)
-        assert (out / "guard.json").is_file()
-        assert len((tmp_path / f"by-{processes}-work/log.jsonl").read_text().splitlines()) == 1
-        found.append(load_file(tmp_path / f"by-{processes}-work/model.safetensors"))
-    alone, together = found
+
+    def train(work: Path) -> tuple[str, ...]:
+        paths = {"recipe": tmp_path / "recipe.yaml", "data": data, "base": base, "work": work, "out": f"{work}-out"}
+        return ("train", *(f"--{name}={path}" for name, path in paths.items()), "--steps=8", "--no-compile")
+
+    assert (await guard(*train(tmp_path / "one"))).code == 0
+    torchrun = ("torchrun", "--standalone", "--no-python", "--nproc-per-node=2", "guard")
+    scripts = Path(sys.executable).parent
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{scripts}:{os.environ['PATH']}"}
+    process = await asyncio.create_subprocess_exec(*torchrun, *train(tmp_path / "two"), env=environment)
+    assert await process.wait() == 0
+    assert (tmp_path / "two-out/guard.json").is_file()
+    assert len((tmp_path / "two/log.jsonl").read_text().splitlines()) == 1
+    alone, together = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert alone.keys() == together.keys()
     for name, tensor in alone.items():
         torch.testing.assert_close(together[name], tensor, rtol=1e-3, atol=1e-4)
@@ -81,14 +79,14 @@ async def test_a_category_that_was_added_is_scored(tmp_path: Path) -> None:
     lines = [f"{text} {n},{label}" for n in range(25) for text, label in (("apple", 1), ("nuts", 0))]
     rows.write_text("text,label\n" + "\n".join(lines) + "\n")
     options = (f"--from={model}", "--head-only", "--category=fruit", f"--data={rows}", f"--out={out}", "--name=taught")
-    trained = await guard("train", *options, OMP_NUM_THREADS="1")
+    trained = await guard("train", *options)
     assert (trained.code, trained.err) == (0, "")
     found = json.loads(trained.out)
     low, high = found["intervals"]["auprc"]
     assert (found["rows"], found["positives"]) == (50, 25)
     assert low <= found["auprc"] <= high
 
-    answer = json.loads((await guard("check", "--json", "--model", out, "apple 7", OMP_NUM_THREADS="1")).out)
+    answer = json.loads((await guard("check", "--json", "--model", out, "apple 7")).out)
     assert answer["provenance"]["model"] == "taught"
     assert list(answer["verdict"]["scores"]["hazards"])[-1] == "fruit"
 
