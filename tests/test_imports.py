@@ -25,6 +25,7 @@ OWNERS = {
     "torch": {"model", "training"},
     "transformers": {"model", "training"},
     "grpc": {"v1", "client", "service", "cli"},
+    "yaml": {"policy"},
     "ruamel": {"policy", "training"},
     "duckdb": {"policy", "audit"},
     "cryptography": {"keys"},

@@ -1,14 +1,21 @@
 """YAML as plain data that knows where each value stands; pathological files are refused before they cost anything."""
 
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-from ruamel.yaml.composer import MaxDepthExceededError
-from ruamel.yaml.error import MarkedYAMLError
-from ruamel.yaml.nodes import MappingNode, Node, ScalarNode
-from ruamel.yaml.reader import ReaderError
+import yaml
+from yaml.error import MarkedYAMLError
+from yaml.events import (
+    CollectionEndEvent,
+    CollectionStartEvent,
+    DocumentStartEvent,
+    Event,
+    MappingStartEvent,
+    ScalarEvent,
+)
+from yaml.reader import ReaderError
 
 from guard.errors import PolicyError
 
@@ -27,9 +34,16 @@ Place = tuple[int, int]  # line and column, from 1
 _Found = dict[tuple[Place, str], str]  # by place and path
 
 _START = (1, 1)
-_TAG = "tag:yaml.org,2002:"
-_CONSTRUCTED = frozenset(_TAG + kind for kind in ("int", "float", "bool", "null"))
-_PLAIN = _CONSTRUCTED | {_TAG + kind for kind in ("map", "seq", "str", "timestamp")}
+# What a word without quotes stands for in YAML 1.2, the core schema.
+_WORDS: dict[str, Any] = {"": None, "~": None} | {
+    form(word): value
+    for word, value in (("null", None), ("true", True), ("false", False))
+    for form in (str.lower, str.upper, str.capitalize)
+}
+_WHOLE = re.compile("[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
+_BASES = {"0o": 8, "0x": 16}
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_NO_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 
 
 def read_file(path: Path, limit: int) -> bytes:
@@ -51,8 +65,7 @@ class Document:
         self._places: dict[Loc, Place] = {}
         self._problems: _Found = {}
         self._warnings: _Found = {}
-        self._constructor = YAML(typ="safe", pure=True).constructor
-        self.data = self._value(self._compose(), ())
+        self.data = self._read_all()
 
     def report(self, loc: Loc, problem: str) -> None:
         """Notes a problem at `loc`; what is not there is placed at the key that it is missed under."""
@@ -99,26 +112,27 @@ class Document:
     def _refusal(self, place: Place, problem: str) -> PolicyError:
         return PolicyError(self._line(place, "", problem))
 
-    def _compose(self) -> Node:
+    def _read_all(self) -> Any:
         text = self._text()
-        yaml = YAML(typ="safe", pure=True)
-        yaml.max_depth = MAX_DEPTH
-        yaml.composer.warn_double_anchors = False  # all anchors are refused later on
+        # libyaml's, at a twentieth of what a parser in Python takes; its composer would follow any depth and alias.
+        self._events = yaml.parse(text, Loader=yaml.CSafeLoader)
         try:
-            root: Node | None = yaml.compose(text)
-        except MaxDepthExceededError as error:
-            raise self._refusal(_mark(error.problem_mark), f"expected at most {MAX_DEPTH} levels, found more") from None
+            next(self._events)  # the start of the stream
+            if not isinstance(next(self._events), DocumentStartEvent):
+                raise self._refusal(_START, "expected a mapping, found an empty file")
+            data = self._value(next(self._events), ())
+            next(self._events)  # the end of the document
+            more = next(self._events)
         except MarkedYAMLError as error:
             problem = ", ".join(filter(None, (error.context, error.problem)))
             raise self._refusal(_mark(error.problem_mark), f"not YAML: {printable(problem)}") from None
         except ReaderError as error:
-            place, code = _end(text[: error.position]), f"U+{error.character:04X}"
-            raise self._refusal(place, f"expected text, found the control character {code}") from None
-        except (ValueError, OverflowError):  # what chr() says of an escape such as "\UFFFFFFFF"
-            raise self._refusal(_START, "not YAML: an escape in a quoted text is outside Unicode") from None
-        if root is None:
-            raise self._refusal(_START, "expected a mapping, found an empty file")
-        return root
+            before = text.encode()[: error.position].decode()
+            code = f"U+{error.character:04X}"
+            raise self._refusal(_end(before), f"expected text, found the control character {code}") from None
+        if isinstance(more, DocumentStartEvent):
+            raise self._refusal(_mark(more.start_mark), "expected a single document, found another")
+        return data
 
     def _text(self) -> str:
         try:
@@ -133,48 +147,78 @@ class Document:
             place, byte = _end(content[: error.start].decode(errors="replace")), content[error.start]
             raise self._refusal(place, f"expected UTF-8, found the byte 0x{byte:02x}") from None
 
-    def _value(self, node: Node, loc: Loc) -> Any:
-        place = _mark(node.start_mark)
-        if node.start_mark.index == node.end_mark.index:  # nothing is written, and its mark is that of what follows
+    def _value(self, event: Any, loc: Loc) -> Any:
+        """What begins with an event; the events up to its end are read."""
+        place = _mark(event.start_mark)
+        if len(loc) >= MAX_DEPTH:
+            raise self._refusal(place, f"expected at most {MAX_DEPTH} levels, found more")
+        is_scalar = isinstance(event, ScalarEvent)
+        if (
+            is_scalar and event.start_mark.index == event.end_mark.index
+        ):  # nothing is there; its mark is of what follows
             place = self._places.get((*loc, KEY)) or self._places.get(loc[:-1], _START)
         self._places[loc] = place
-        if node.anchor is not None:  # not entered, so that no alias can multiply what is read
-            self._note(place, loc, f"expected no anchors or aliases, found {printable(node.anchor)}")
-        elif node.tag not in _PLAIN:
-            self._note(place, loc, f"expected no tags, found {printable(str(node.tag))}")
-        elif isinstance(node, MappingNode):
-            return self._mapping(node.value, loc)
-        elif not isinstance(node, ScalarNode):
-            return tuple(self._value(item, (*loc, index)) for index, item in enumerate(node.value))
-        elif node.tag in _CONSTRUCTED:
-            return self._scalar(node)
+        if event.anchor is not None:
+            self._note(place, loc, f"expected no anchors or aliases, found {printable(event.anchor)}")
+        elif event.tag is not None:
+            self._note(place, loc, f"expected no tags, found {printable(event.tag)}")
+        elif is_scalar:
+            return _plain(event.value) if event.implicit[0] else event.value
+        elif isinstance(event, MappingStartEvent):
+            return self._mapping(loc)
         else:
-            return node.value
+            return tuple(self._value(item, (*loc, index)) for index, item in enumerate(self._items()))
+        self._skip(event)
         return None
 
-    def _mapping(self, items: Iterable[tuple[Node, Node]], loc: Loc) -> dict[str, Any]:
+    def _mapping(self, loc: Loc) -> dict[str, Any]:
         values: dict[str, Any] = {}
-        for key, value in items:
+        for key in self._items():
             place = _mark(key.start_mark)
-            if not isinstance(key, ScalarNode):
+            if not isinstance(key, ScalarEvent):
                 self._note(place, loc, "expected a key of text, found a list or a mapping")
+                self._skip(key)
+                self._skip(next(self._events))
                 continue
             inner = (*loc, key.value)
             if key.value in values:
                 self._note(place, inner, "expected each key once, found it again")
+                self._skip(next(self._events))
             else:
                 self._places[(*inner, KEY)] = place
-                values[key.value] = self._value(value, inner)
+                values[key.value] = self._value(next(self._events), inner)
         return values
 
-    def _scalar(self, node: ScalarNode) -> Any:
+    def _items(self) -> Iterator[Event]:
+        """The first event of each of the items up to the end of a collection; whoever takes it reads the rest."""
+        for event in self._events:
+            if isinstance(event, CollectionEndEvent):
+                return
+            yield event
+
+    def _skip(self, event: Event) -> None:
+        """Reads what begins with an event, however deep it is."""
+        depth = int(isinstance(event, CollectionStartEvent))
+        while depth:
+            event = next(self._events)
+            depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+
+
+def _plain(text: str) -> Any:
+    """What a text without quotes means; a number of more digits than anybody needs stays a text."""
+    if text in _WORDS:
+        return _WORDS[text]
+    if _WHOLE.fullmatch(text):
         try:
-            value = self._constructor.construct_object(node)
-        except (ValueError, KeyError):  # more digits than int() takes, or a tag that the text does not fit
-            return node.value
-        if isinstance(value, int) and value.bit_length() > _MAX_BITS:  # of which print() may want no part
-            return node.value
-        return value
+            number = int(text, _BASES.get(text[:2], 10))
+        except ValueError:  # more digits than int() takes
+            return text
+        return number if number.bit_length() <= _MAX_BITS else text
+    if _FLOAT.fullmatch(text):
+        return float(text)
+    if _NO_FINITE.fullmatch(text):
+        return float(text.replace(".", ""))
+    return text
 
 
 def printable(text: str) -> str:

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from ruamel.yaml import YAML
-from ruamel.yaml.nodes import MappingNode, Node
+import yaml
+from yaml.nodes import MappingNode, Node
 
 from guard.policy.document import Loc
 from guard.policy.schema import PolicySpec
@@ -23,12 +23,14 @@ def edited(path: Path, spec: PolicySpec, numbers: Mapping[Loc, float]) -> tuple[
     spots = defaultdict[Path, list[tuple[int, int, str]]](list)
     for file in (path, *(path.with_name(name) for name in spec.include)):
         text = file.read_bytes().decode()  # as it is, to the ends of its lines
-        root = YAML(typ="safe", pure=True).compose(text)
+        root = yaml.compose(text, Loader=yaml.CSafeLoader)
+        assert root is not None  # or it would be no policy
+        skipped = text.startswith("\ufeff")  # which no mark counts
         for loc, number in numbers.items():
             if node := _at(root, loc):
                 before[file] = text
                 value = np.format_float_positional(number, trim="0")
-                spots[file].append((node.start_mark.index, _end(node), value))
+                spots[file].append((skipped + node.start_mark.index, skipped + _end(node), value))
     after = {}
     for file, text in before.items():
         for start, end, value in sorted(spots[file], reverse=True):

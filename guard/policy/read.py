@@ -35,7 +35,6 @@ _EXPECTED = {
     "string_pattern_mismatch": "a name of lower-case letters, digits and hyphens that starts with a letter",
     "string_too_short": "text",
     "string_type": "text",
-    "string_unicode": "valid Unicode",
     "too_long": "one entry",
     "too_short": "at least one entry",
     "tuple_type": "a list",
