@@ -44,30 +44,27 @@ class Category:
     scoring: Scoring = "max"
     weights: tuple[float, ...] = ()
 
-    def in_force(self, role: Role, overlays: Iterable["Overlay"]) -> tuple[Threshold, ...]:
-        """The thresholds for turns of a role, strictest first: those of the first overlay that has any, or its own."""
-        for overlay in overlays:
-            by_role = overlay.thresholds.get(self.name)
-            if by_role is not None and role in by_role:
-                return by_role[role]
-        return self.thresholds.get(role, ())
-
     def score(self, scores: Scores) -> float:
         """The category's score, 0 to 1. KeyError where the model scored one of its hazards not at all."""
         if not self.hazards:
             return scores.unsafe
-        found = [scores.hazards[code] for code in self.hazards]
+        hazards = scores.hazards
+        found = [hazards[code] for code in self.hazards]
         match self.scoring:
+            case "max":
+                return max(found)
             case "weighted":
                 total = 0.0  # not sum(), which rounds otherwise from Python 3.12 on: a replay must give the same
                 for weight, score in zip(self.weights, found, strict=True):
                     total += weight * score
                 return min(1.0, total)
-            case "any":
+            case _:
                 either = 1.0 - math.prod(1.0 - score for score in found)
                 return max(either, *found)  # which rounding may put below a score that stands alone
-            case _:
-                return max(found)
+
+
+Judging = tuple[tuple[Category, tuple[Threshold, ...]], ...]
+"""The categories that have a say, each with its thresholds, strictest first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,10 +99,24 @@ class Policy:
     long_input: LongInput = "head-tail"
     own: Mapping[str, Head | None] = field(default_factory=lambda: NO_HEADS)
     matcher: Matcher = field(default=Matcher(()), compare=False, repr=False)
+    _plainly: Mapping[Role, Judging] = field(init=False, compare=False, repr=False)
 
-    def overlaid(self, metadata: Mapping[str, str]) -> tuple[Overlay, ...]:
-        """The overlays that apply to a request with that metadata, in the order in which they win."""
-        return tuple(overlay for overlay in reversed(self.overlays) if overlay.applies(metadata))
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_plainly", {role: self._judging(role, ()) for role in Role})
+
+    def judging(self, role: Role, metadata: Mapping[str, str]) -> Judging:
+        """What judges a turn of a role in a request with that metadata."""
+        overlays = [overlay for overlay in reversed(self.overlays) if overlay.applies(metadata)]
+        return self._judging(role, overlays) if overlays else self._plainly[role]
+
+    def _judging(self, role: Role, overlays: Iterable[Overlay]) -> Judging:
+        """By the thresholds of the first overlay that has any for a category, or the category's own."""
+        found = []
+        for category in self.categories:
+            layers = (*(overlay.thresholds.get(category.name, {}) for overlay in overlays), category.thresholds)
+            if thresholds := next((layer[role] for layer in layers if role in layer), ()):
+                found.append((category, thresholds))
+        return tuple(found)
 
     def scores(self, given: Mapping[str, float]) -> Scores:
         """Scores as people write them: by `unsafe`, hazards and categories with examples; what is left out is 0."""

@@ -23,14 +23,12 @@ def decide(
     ALLOW.
     """
     violations = _matched(policy, role, hits)
-    overlays = policy.overlaid(metadata)
-    for category in policy.categories:
-        if thresholds := category.in_force(role, overlays):
-            score = category.score(scores)
-            for action, threshold, reply in thresholds:
-                if score >= threshold:
-                    violations.append(Violation(category.name, action, score, threshold, reply=reply))
-                    break
+    for category, thresholds in policy.judging(role, metadata):
+        score = category.score(scores)
+        for action, threshold, reply in thresholds:
+            if score >= threshold:
+                violations.append(Violation(category.name, action, score, threshold, reply=reply))
+                break
     violations.sort(key=_order)
     return _enforced(policy, violations[0].action if violations else Action.ALLOW), tuple(violations)
 

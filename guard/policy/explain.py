@@ -48,12 +48,11 @@ def explain(
     """What `decide` says, and why; the steps stand by gap, those that were reached by most first."""
     action, violations = decide(policy, role, scores, hits, metadata)
     strictest = violations[0].action if violations else Action.ALLOW  # also of a policy in shadow
-    overlays = policy.overlaid(metadata)
     steps = sorted(
         (
             Step(category.name, step.action, category.score(scores), step.score)
-            for category in policy.categories
-            for step in category.in_force(role, overlays)
+            for category, thresholds in policy.judging(role, metadata)
+            for step in thresholds
         ),
         key=lambda step: (step.gap, step.category, -step.action),
     )

@@ -166,13 +166,12 @@ def _run(case: CaseSpec, policy: Policy, views: Views, model: Model | None) -> O
         return Outcome(case.name, None)
     hits = policy.matcher.hits(views(case.text or ""))
     action, violations = decide(policy, role, scores, hits, case.metadata)
-    overlays = policy.overlaid(case.metadata)
     judged = Judged(
         action.name.lower(),
         tuple(dict.fromkeys(violation.category for violation in violations if violation.category)),
         tuple(violation.rule for violation in violations if violation.rule),
         violations[0].reply.name if action is Action.REDIRECT and violations[0].reply else None,
-        {one.name: one.score(scores) for one in policy.categories if one.in_force(role, overlays)},
+        {one.name: one.score(scores) for one, _ in policy.judging(role, case.metadata)},
     )
     return Outcome(case.name, judged, tuple(_failures(case.expect, judged)))
 
@@ -207,16 +206,15 @@ def _listed(names: Iterable[str]) -> str:
 
 def _impossible(case: CaseSpec, policy: Policy) -> Iterator[tuple[Loc, str]]:
     """What no verdict of the policy on such a turn can hold, and scores that it does not look at."""
-    role, overlays = Role(case.role), policy.overlaid(case.metadata)
+    role = Role(case.role)
     fed = {code for one in policy.categories if one.name not in policy.own for code in one.hazards}
     known = ["unsafe", *HAZARDS, *sorted({*fed, *policy.own} - HAZARDS.keys())]
     for code in case.scores or {}:
         if code not in known:
             yield ("scores", code), one_of(known, code)
-    steps = {category.name: category.in_force(role, overlays) for category in policy.categories}
+    steps = {category.name: thresholds for category, thresholds in policy.judging(role, case.metadata)}
     rules = {rule.name: rule for rule in policy.rules if role in rule.roles and case.text}
-    scored = [name for name, thresholds in steps.items() if thresholds]
-    violable = sorted({*scored, *(rule.category for rule in rules.values() if rule.category)})
+    violable = sorted({*steps, *(rule.category for rule in rules.values() if rule.category)})
     replies = [*(step.reply for one in steps.values() for step in one), *(rule.reply for rule in rules.values())]
     actions = {Action.ALLOW, *(step.action for one in steps.values() for step in one)}
     actions |= {rule.action for rule in rules.values()}
@@ -226,7 +224,7 @@ def _impossible(case: CaseSpec, policy: Policy) -> Iterator[tuple[Loc, str]]:
         ("categories", expect.categories or (), violable),
         ("rules", expect.rules or (), list(rules)),
         ("reply", (expect.reply,) if expect.reply else (), sorted({reply.name for reply in replies if reply})),
-        ("scores", tuple(expect.scores), scored),
+        ("scores", tuple(expect.scores), list(steps)),
         ("action", (expect.action,), [action.name.lower() for action in sorted(actions)]),
     ):
         for index, name in enumerate(names):
