@@ -9,6 +9,7 @@ else leaves a request without an answer, such as a server that cannot be reached
 """
 
 import asyncio
+import codecs
 import json
 import math
 from collections import Counter
@@ -25,7 +26,17 @@ from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
-from guard.errors import Expired, GuardError, InputError, NotFound, Overloaded, PolicyError, Unanswered, Unauthenticated
+from guard.errors import (
+    Cut,
+    Expired,
+    GuardError,
+    InputError,
+    NotFound,
+    Overloaded,
+    PolicyError,
+    Unanswered,
+    Unauthenticated,
+)
 from guard.v1 import admin_pb2 as admin_pb
 from guard.v1 import moderation_pb2 as pb
 from guard.v1.admin_pb2_grpc import AdminStub
@@ -43,6 +54,11 @@ _Got = TypeVar("_Got")
 _Request = TypeVar("_Request", pb.CheckRequest, pb.CheckConversationRequest)
 
 _ROLES = {"user": pb.ROLE_USER, "agent": pb.ROLE_AGENT, "system": pb.ROLE_SYSTEM, "tool": pb.ROLE_TOOL}
+_MODES: Mapping[str, pb.StreamMode.ValueType] = {
+    "hold": pb.STREAM_MODE_HOLD,
+    "lag": pb.STREAM_MODE_LAG,
+    "monitor": pb.STREAM_MODE_MONITOR,
+}
 _RETRIES = {
     "methodConfig": [
         {
@@ -101,6 +117,39 @@ def conversation_request(
         return _merged(turns, request)
     request.turns.extend(map(_turn, turns))
     return request
+
+
+class StreamOptions(TypedDict, total=False):
+    """Fields of a StreamOpen beside its turns.
+
+    `role` is that of who speaks, by default "agent". `mode` is what is shown: "hold", what a verdict covers, the
+    default; "lag", what is not too far ahead of the verdicts; "monitor", all.
+    """
+
+    role: str
+    policy: str
+    conversation_id: str
+    metadata: Mapping[str, str]
+    mode: str
+    lag_characters: int
+    lag_ms: int
+
+
+def stream_opening(conversation: Iterable[TurnLike], **options: Unpack[StreamOptions]) -> pb.StreamOpen:
+    """Begins a stream after what was said before. Raises InputError for a role or a mode that there is not."""
+    mode = options.get("mode", "hold")
+    if mode not in _MODES:
+        raise InputError("mode", f"should be one of {', '.join(_MODES)}")
+    return pb.StreamOpen(
+        turns=map(_turn, conversation),
+        role=_turn((options.get("role", "agent"), "")).role,
+        policy=options.get("policy", ""),
+        conversation_id=options.get("conversation_id", ""),
+        metadata=options.get("metadata", {}),
+        mode=_MODES[mode],
+        lag_characters=options.get("lag_characters"),
+        lag_ms=options.get("lag_ms"),
+    )
 
 
 class Client:
@@ -190,6 +239,48 @@ class Client:
             await asyncio.gather(sending, return_exceptions=True)  # a write fails as the stream does, which is told
         if asked.failure is not None:
             raise asked.failure
+
+    async def filter(
+        self,
+        stream: AsyncIterable[str] | Iterable[str],
+        conversation: Iterable[TurnLike] = (),
+        **options: Unpack[StreamOptions],
+    ) -> AsyncGenerator[str, None]:
+        """Of a text that comes in pieces, as a chat backend gives them, what may be shown, as soon as it may.
+
+        `conversation` is what was said before. Where the text is cut, the policy's reply is the last piece, if it has
+        one for that; otherwise Cut is raised. What `stream` raises is raised here, once what came before is judged.
+        The stream is taken no faster than it is judged.
+        """
+        shown = _Shown()
+        opened = pb.CheckStreamRequest(open=stream_opening(conversation, **options))
+        call = self._stub.CheckStream(metadata=self._metadata)
+
+        async def send() -> None:
+            await call.write(opened)
+            try:
+                async for piece in _each(stream):
+                    await call.write(shown.taken(piece))
+            except grpc.RpcError:
+                raise
+            except Exception as error:
+                shown.failure = error
+            await call.write(_END)
+            await call.done_writing()
+
+        sending = asyncio.create_task(send())
+        try:
+            async for response in call:
+                for piece in shown.pieces(response):
+                    yield piece
+        except grpc.RpcError as error:
+            raise _error(error) from error
+        finally:
+            call.cancel()
+            sending.cancel()
+            await asyncio.gather(sending, return_exceptions=True)  # a write fails as the stream does, which is told
+        if shown.failure is not None:
+            raise shown.failure
 
     async def model(self) -> pb.GetModelResponse:
         with _translated():
@@ -291,6 +382,32 @@ class SyncClient(_Sync):
         if asked.failure is not None:
             raise asked.failure
 
+    def filter(
+        self, stream: Iterable[str], conversation: Iterable[TurnLike] = (), **options: Unpack[StreamOptions]
+    ) -> Generator[str, None, None]:
+        """As Client.filter; `stream` is run through on a thread of gRPC's."""
+        shown = _Shown()
+        opened = pb.CheckStreamRequest(open=stream_opening(conversation, **options))
+
+        def requests() -> Iterator[pb.CheckStreamRequest]:
+            yield opened
+            try:
+                yield from map(shown.taken, stream)
+            except Exception as error:
+                shown.failure = error
+            yield _END
+
+        call = self._stub.CheckStream(requests(), metadata=self._metadata)
+        try:
+            for response in call:
+                yield from shown.pieces(response)
+        except grpc.RpcError as error:
+            raise _error(error) from error
+        finally:
+            call.cancel()
+        if shown.failure is not None:
+            raise shown.failure
+
     def model(self) -> pb.GetModelResponse:
         with _translated():
             return self._stub.GetModel(pb.GetModelRequest(), timeout=self._timeout, metadata=self._metadata)
@@ -356,6 +473,35 @@ class AdminClient(_Sync):
     def _call(self, method: "grpc.UnaryUnaryMultiCallable[_Sent, _Got]", request: _Sent) -> _Got:
         with _translated():
             return method(request, timeout=self._timeout, metadata=self._metadata)
+
+
+_END = pb.CheckStreamRequest(end=pb.StreamEnd())
+
+
+class _Shown:
+    """A text that is taken piece by piece, on one thread perhaps, and shown on another as far as it may be."""
+
+    def __init__(self) -> None:
+        self.failure: Exception | None = None
+        self._text = ""
+        self._shown = 0
+        self._whole = codecs.getincrementaldecoder("utf-16-le")()
+
+    def taken(self, piece: str) -> pb.CheckStreamRequest:
+        """Halves of a character, as backends cut that count as UTF-16 does, wait for each other."""
+        piece = self._whole.decode(piece.encode("utf-16-le", "surrogatepass"))
+        self._text += piece
+        return pb.CheckStreamRequest(delta=piece.encode())
+
+    def pieces(self, response: pb.CheckStreamResponse) -> Iterator[str]:
+        """What may be shown now; raises Cut where that is all, and there is no reply."""
+        if response.release > self._shown:
+            piece, self._shown = self._text[self._shown : response.release], response.release
+            yield piece
+        if response.HasField("cut"):
+            if not response.verdict.HasField("reply"):
+                raise Cut(response.cut.offset, self._shown, response.verdict)
+            yield response.verdict.reply.text
 
 
 class _Asked:

@@ -3,6 +3,7 @@
     GuardError
     +-- InputError            the caller's request is wrong
     |   +-- NotFound          it names a policy that is not there
+    +-- Cut                   the turn may be shown no further; raised by the client alone
     +-- Unauthenticated       the caller shows no token, or one that is not known
     +-- ConfigError           the operator's files or settings are wrong
     |   +-- PolicyError       a policy file, with every problem found in it
@@ -12,6 +13,7 @@
         +-- Overloaded        the queue is full; says when to come back
         |   +-- RateLimited   this caller asks more often than it may
         +-- Expired           the deadline passed before the model was asked
+        +-- Idle              nothing came on a stream for too long
         +-- Draining          the service is stopping
         +-- ModelFailed       the model raised or gave no finite score
 
@@ -33,6 +35,20 @@ class InputError(GuardError):
 
 class NotFound(InputError):
     """The request names something that does not exist."""
+
+
+class Cut(GuardError):
+    """A turn that is being written may be shown no further.
+
+    `offset` is the character that the violation begins with, at the latest; `shown` are the characters that were shown.
+    `verdict` is the message of guard.v1 that says why.
+    """
+
+    def __init__(self, offset: int, shown: int, verdict: object) -> None:
+        super().__init__(f"cut at character {offset}")
+        self.offset = offset
+        self.shown = shown
+        self.verdict = verdict
 
 
 class Unauthenticated(GuardError):
@@ -85,6 +101,13 @@ class Expired(Unanswered):
 
     def __init__(self) -> None:
         super().__init__("the deadline passed before the model was asked")
+
+
+class Idle(Unanswered):
+    """Nothing came on a stream for longer than the service waits."""
+
+    def __init__(self) -> None:
+        super().__init__("nothing came for too long")
 
 
 class Draining(Unanswered):

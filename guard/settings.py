@@ -90,6 +90,12 @@ class Settings(BaseModel):
     """Size of one message on the wire."""
     max_turns: PositiveInt = 1000
     """Turns of one conversation."""
+    stream_tokens: PositiveInt = 32
+    """Tokens, about, after which an unfinished turn is judged anew, where no sentence ends before."""
+    stream_wait_seconds: PositiveFloat = 0.25
+    """How long a piece of an unfinished turn waits for more before it is judged."""
+    stream_idle_seconds: PositiveFloat = 60.0
+    """How long nothing may come on a stream before it is ended."""
     max_in_flight: PositiveInt = 256
     """Requests of one CheckMany stream that are read and not yet answered."""
 

@@ -55,6 +55,11 @@ class Metrics:
         self.queued_tokens = gauge("queued_tokens", "Tokens that wait for a batch.")
         self.batch_requests = histogram("batch_requests", "Requests of one pass.", buckets=_POWERS_OF_TWO)
         self.batch_tokens = histogram("batch_tokens", "Tokens of one pass.", buckets=_POWERS_OF_TWO)
+        self.streams = gauge("streams", "Streams that are open.")
+        self.stream_verdicts = counter(
+            "stream_verdicts", "Verdicts on unfinished turns, by what they would do.", "action"
+        )
+        self.stream_cuts = counter("stream_cuts", "Turns that were cut while they were written, by policy.", "policy")
         self.prefix_cache_tokens = counter(
             "prefix_cache_tokens", "Tokens of requests: held from before, or read by the model.", "from"
         )

@@ -74,6 +74,7 @@ class WordJudge:
         metadata: Mapping[str, str] = NO_METADATA,
         conversation_id: str = "",
         client: str = "",
+        known: int = 0,
     ) -> Decision:
         if self._draining:
             raise Draining
@@ -98,6 +99,10 @@ class WordJudge:
         revision, verdicts = judged_by(choice.policy)
         beside = None if choice.beside is None else Beside(*judged_by(choice.beside), not choice.is_candidate)
         return Decision(id, verdicts, revision, MODEL.revision, Timings(0.25, 0.5, 1.0), beside)
+
+    async def token_ends(self, text: str) -> list[int]:
+        """A token is a character."""
+        return list(range(1, len(text) + 1))
 
     async def adopt(self, policies: PolicyStore) -> None:
         for policy in policies.judging:

@@ -1,13 +1,13 @@
 """The clients, against a real server."""
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from typing import NamedTuple
 
 import pytest
 
 from guard.client import Client, SyncClient, check_request, conversation_request
-from guard.errors import Expired, GuardError, InputError, NotFound, Overloaded, Unanswered
+from guard.errors import Cut, Expired, GuardError, InputError, NotFound, Overloaded, Unanswered
 from guard.v1 import moderation_pb2 as pb
 from tests.conftest import Serve, Service, until
 
@@ -225,3 +225,85 @@ async def test_the_synchronous_client_does_what_the_other_does(service: Service)
         True,
     ]
     assert await client.serving()
+
+
+async def _each(pieces: Iterable[str]) -> AsyncIterator[str]:
+    for piece in pieces:
+        yield piece
+        await asyncio.sleep(0)
+
+
+async def show(pieces: AsyncIterator[str], shown: list[str]) -> None:
+    """Piece by piece, so that what came before an error is there."""
+    async for piece in pieces:
+        shown.append(piece)  # noqa: PERF401 # which an error would take away
+
+
+@pytest.mark.parametrize("mode", ["hold", "lag", "monitor"])
+async def test_a_filter_yields_what_may_be_shown(service: Service, mode: str) -> None:
+    """All of a harmless text, whole characters at a time, from either client."""
+    text = "Here is what you asked for. 👩‍👩‍👧 It is \U0001d518 fine."
+    units = text.encode("utf-16-le")
+    halves = [units[place : place + 2].decode("utf-16-le", "surrogatepass") for place in range(0, len(units), 2)]
+    shown = [piece async for piece in service.client.filter(_each(halves), [("user", "Hello!")], mode=mode)]
+    assert "".join(shown) == text
+    assert "".join(shown).encode()
+
+    def in_turn() -> str:
+        with SyncClient(service.target) as guard:
+            return "".join(guard.filter(halves, [("user", "Hello!")], mode=mode))
+
+    assert await asyncio.to_thread(in_turn) == text
+
+
+async def test_a_filter_raises_where_a_text_is_cut(service: Service) -> None:
+    """With the verdict, where it turned, and how much was shown, which is less."""
+    pieces = ["All is well. ", "But this is an attack. "]
+    shown = list[str]()
+    with pytest.raises(Cut) as raised:
+        await show(service.client.filter(_each(pieces), [("user", "Hello!")]), shown)
+    assert raised.value.shown == len("".join(shown)) <= raised.value.offset == "".join(pieces).index("attack") + 6
+    assert isinstance(raised.value.verdict, pb.Verdict)
+
+    def in_turn() -> None:
+        with SyncClient(service.target) as guard:
+            list(guard.filter(pieces))
+
+    with pytest.raises(Cut):
+        await asyncio.to_thread(in_turn)
+
+
+async def test_a_filter_tells_what_its_source_raises(service: Service) -> None:
+    """After what came before it, in either client; and of a server that refuses, what it says."""
+
+    def failing() -> Iterator[str]:
+        yield "All is well. "
+        raise LookupError("the backend broke")
+
+    shown = list[str]()
+    with pytest.raises(LookupError):
+        await show(service.client.filter(failing()), shown)
+    assert shown == ["All is well. "]
+    with pytest.raises(NotFound):
+        [piece async for piece in service.client.filter(["Hello"], policy="none")]
+    with pytest.raises(InputError, match="role"):
+        [piece async for piece in service.client.filter(["Hello"], role="nobody")]
+
+
+async def test_a_filter_that_is_left_ends_the_stream(service: Service) -> None:
+    """The source is taken no further, and the server is rid of it."""
+    taken = 0
+
+    def endless() -> Iterator[str]:
+        nonlocal taken
+        while True:
+            taken += 1
+            yield "Hello there. "
+
+    pieces = service.client.filter(endless())
+    assert await anext(pieces)
+    await pieces.aclose()
+    at = taken
+    await asyncio.sleep(0.05)
+    assert taken == at
+    await until(lambda: service.judge.running == 0)

@@ -23,6 +23,11 @@ def check(
     model: Annotated[Path | None, typer.Option(help="Directory of a model.", show_default=False)] = None,
     config: options.Config = None,
     every: Annotated[bool, typer.Option("--all", help="Judge every turn of the conversation.")] = False,
+    streamed: Annotated[
+        bool,
+        typer.Option("--stream", help="Judge an agent's turn on standard input as it comes, after TEXT."),
+    ] = False,
+    mode: Annotated[str, typer.Option(help="Of --stream: hold, lag or monitor.")] = "hold",
     as_json: options.Json = False,
 ) -> None:
     """Judge a text or a conversation here, without a server.
@@ -36,6 +41,10 @@ def check(
     from guard.settings import Settings
 
     settings = Settings.load({"policies": policies, "model": model}, os.environ, config)
+    if streamed:
+        from guard.cli.stream import opening, stream
+
+        raise typer.Exit(asyncio.run(stream(settings, opening(text, role, policy, mode), as_json)))
     request = read.request(text, role, policy)
     response = asyncio.run(_judge(settings, read.whole(request) if every else request))
     raise typer.Exit(render.answer(request.turns, response, as_json))

@@ -3,10 +3,13 @@
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import TracebackType
+from typing import Self
 
 from google.protobuf.json_format import MessageToJson
 from google.protobuf.message import Message
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
@@ -88,6 +91,49 @@ def _verdicts(turns: Sequence[pb.Turn], response: Checked) -> None:
         style="dim",
         soft_wrap=True,
     )
+
+
+class Streamed:
+    """A turn while it is written: green what may be shown, dim what is not judged, red what was cut; and its scores.
+
+    On a terminal the same lines change, elsewhere each verdict is a line of its own.
+    """
+
+    def __init__(self) -> None:
+        self._console = terminal()
+        self._live = Live(console=self._console, auto_refresh=False)
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._live.stop()
+
+    def show(self, text: str, response: pb.CheckStreamResponse) -> None:
+        if not self._console.is_terminal:
+            self._line(response)
+            return
+        end = response.cut.offset if response.HasField("cut") else response.release
+        shown = Text(text[: response.release], "green")
+        shown.append(text[response.release : end], "strike bold red").append(text[end:], "dim")
+        parts: list[Text | Table] = [shown]
+        if response.HasField("verdict"):
+            parts += [_action(response.verdict.action), *_caveats(response.verdict), _scores(response.verdict)]
+            if response.verdict.HasField("reply"):
+                parts.append(Text(response.verdict.reply.text, _STYLES[response.verdict.action]))
+        self._live.update(Group(*parts), refresh=True)
+
+    def _line(self, response: pb.CheckStreamResponse) -> None:
+        if not response.HasField("verdict"):
+            return
+        verdict = response.verdict
+        cut = f"cut at {response.cut.offset}" if response.HasField("cut") else ""
+        score = f"{verdict.scores.unsafe:.3f}" if verdict.HasField("scores") else ""
+        self._console.print(f"{response.judged:>6} judged", _action(verdict.action), score, cut)
 
 
 def model(response: pb.GetModelResponse) -> None:

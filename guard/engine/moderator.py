@@ -53,6 +53,8 @@ class Classifier(Protocol):
 
     def tokenise(self, conversation: Conversation, long_input: LongInput = "head-tail") -> tuple[Tokens, ...]: ...
 
+    def token_ends(self, text: str) -> list[int]: ...
+
     def score(self, batch: Sequence[Tokens]) -> list[tuple[Scores, ...]]: ...
 
 
@@ -83,6 +85,7 @@ class Moderator:
         for policy in policies.judging:
             check_model(policy, self.model)
         self._tokenise = classifier.tokenise
+        self._token_ends = classifier.token_ends
         self._tokenising = ThreadPoolExecutor(1, thread_name_prefix="tokenise")
         self._thread = thread or model_thread()
         self._shared = shared
@@ -143,6 +146,7 @@ class Moderator:
         metadata: Mapping[str, str] = NO_METADATA,
         conversation_id: str = "",
         client: str = "",
+        known: int = 0,
     ) -> Decision:
         """Verdicts for the turns that the conversation asks for, under one policy from start to end.
 
@@ -151,7 +155,8 @@ class Moderator:
         Where a text is disguised, a view of the conversation without disguises is scored in the same batch, and each
         score is the higher one of the two; the coverage is that of the conversation as it is. A rule matches in either
         view.
-        What this `client` has asked online before need not be read again, and is held for what it asks next.
+        What this `client` has asked online before need not be read again, and is held for what it asks next; of about
+        so many `known` characters it has just asked.
         `deadline` is in time.monotonic() seconds. Raises InputError, NotFound, Draining, Overloaded and Expired; where
         the model fails, the policy's on_error or a stricter rule answers and the verdict is degraded. Cancelling drops
         the request.
@@ -160,7 +165,8 @@ class Moderator:
         policies = self.policies
         choice = policies.choose(policy, conversation_id or id)
         judges = (choice.policy,) if choice.beside is None else (choice.policy, choice.beside)
-        size = min(sum(len(turn.text) for turn in conversation.turns) // _TOKEN_CHARACTERS, self.model.max_tokens)
+        characters = sum(len(turn.text) for turn in conversation.turns)
+        size = min(max(0, characters - known) // _TOKEN_CHARACTERS, self.model.max_tokens)
         started = time.monotonic()
         with self._batcher.arriving(lane, size):  # refuses before anything is spent
             loop = asyncio.get_running_loop()
@@ -234,6 +240,10 @@ class Moderator:
         alone = Conversation(conversation.turns[first : turn + 1], turn - first)
         for tokens in self._tokenise(alone, policy.long_input):
             yield replace(tokens, spans=tuple(replace(span, turn=turn) for span in tokens.spans))
+
+    async def token_ends(self, text: str) -> list[int]:
+        """After which characters of a text its tokens end."""
+        return await asyncio.get_running_loop().run_in_executor(self._tokenising, self._token_ends, text)
 
     async def drain(self) -> None:
         """Refuses what is new with Draining, and waits for what is queued."""

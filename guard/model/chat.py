@@ -79,6 +79,10 @@ class ChatTokenizer:
                     windows += self._parts(whole[span.turn], span)
         return tuple(windows)
 
+    def ends(self, text: str) -> list[int]:
+        """After which characters of a text its tokens end; a character of several tokens counts once."""
+        return sorted({end for _, end in self._tokenizer.encode(text, add_special_tokens=False).offsets})
+
     def _block(self, index: int, role: Role, text: str) -> list[int]:
         try:
             return [*self._headers[role], *self._encode(text), *self._end, *self._gap]

@@ -58,6 +58,10 @@ class TurnClassifier:
         """The windows to read for a conversation; raises InputError where a text is not valid Unicode."""
         return self._tokenizer.tokenise(conversation, long_input)
 
+    def token_ends(self, text: str) -> list[int]:
+        """After which characters of a text its tokens end."""
+        return self._tokenizer.ends(text)
+
     @property
     def page_bytes(self) -> int:
         """What a page of keys and values takes."""

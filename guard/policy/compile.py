@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -79,6 +79,14 @@ class Overlay:
 
 
 @dataclass(frozen=True, slots=True)
+class Debounce:
+    """When verdicts on an unfinished turn cut it: so many in a row, or one that is this share above its threshold."""
+
+    consecutive: int = 2
+    immediate: float = 0.6
+
+
+@dataclass(frozen=True, slots=True)
 class Policy:
     """A policy; its `revision` is a hash of all that a verdict depends on or shows, whatever file and name it has.
 
@@ -98,6 +106,7 @@ class Policy:
     shadow: bool = False
     long_input: LongInput = "head-tail"
     own: Mapping[str, Head | None] = field(default_factory=lambda: NO_HEADS)
+    stream: Debounce = Debounce()
     matcher: Matcher = field(default=Matcher(()), compare=False, repr=False)
     _plainly: Mapping[Role, Judging] = field(init=False, compare=False, repr=False)
 
@@ -157,6 +166,8 @@ def compile_policy(
         "rules": {rule.name: rule for rule in rules},
         "overlays": overlays,
     }
+    if (stream := Debounce(**spec.stream.model_dump())) != Debounce():
+        content["stream"] = asdict(stream)
     return Policy(
         name,
         _revision(content),
@@ -169,6 +180,7 @@ def compile_policy(
         spec.mode == "shadow",
         spec.long_input,
         MappingProxyType({name: heads.get(name) for name, one in spec.categories.items() if one.examples}),
+        stream,
         Matcher(rules),
     )
 

@@ -242,6 +242,20 @@ class OverlaySpec(Spec):
     )
 
 
+class StreamSpec(Spec):
+    """When a turn that is still being written is cut: a verdict on half a sentence may turn with the next word."""
+
+    consecutive: Annotated[int, Field(ge=1)] = Field(
+        default=2,
+        description="Cut after so many verdicts in a row that would redirect or block; after the last anyway.",
+    )
+    immediate: Probability = Field(
+        default=0.6,
+        description="Cut after a single one where a score has gone such a share of the way from its threshold to 1, or "
+        "a rule matches.",
+    )
+
+
 Replies = Annotated[
     dict[Name, Text], Field(description="Texts to show in place of a redirected turn, by names such as crisis-line.")
 ]
@@ -287,6 +301,9 @@ class PolicySpec(Spec):
         description="What to answer, for each role, when the model cannot. By default turns of users and of the system "
         "are allowed, since the agent's answer to them is judged again; turns of the agent are blocked, since nothing "
         "stands between them and the reader, and turns of tools, since nothing stands between them and the agent.",
+    )
+    stream: StreamSpec = Field(
+        default_factory=StreamSpec, description="When a turn that is still being written is cut."
     )
     replies: Replies = Field(default_factory=dict)
     rules: Rules = Field(default_factory=dict)

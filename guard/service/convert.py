@@ -43,6 +43,31 @@ def to_conversation(request: pb.CheckRequest | pb.CheckConversationRequest, max_
     return Conversation(turns, request.target)
 
 
+def check_opening(opened: pb.StreamOpen) -> None:
+    """Raises InputError for an unknown mode or score detail, and for a limit below 0."""
+    if opened.score_detail not in pb.ScoreDetail.values():
+        raise InputError("open.score_detail", f"{opened.score_detail} is unknown")
+    if opened.mode not in pb.StreamMode.values():
+        raise InputError("open.mode", f"{opened.mode} is unknown")
+    for field in ("lag_characters", "lag_ms"):
+        if getattr(opened, field) < 0:
+            raise InputError(f"open.{field}", "should be 0 or more")
+
+
+def to_writing(
+    before: tuple[Turn, ...], begun: pb.StreamOpen | pb.StreamNext, max_turns: int
+) -> tuple[tuple[Turn, ...], Role]:
+    """All that is said before a turn that is begun, and who speaks; InputError for too many, or an unknown role."""
+    said = (*before, *(Turn(_to_role(index, turn.role), turn.text) for index, turn in enumerate(begun.turns)))
+    if len(said) >= max_turns:
+        raise InputError("turns", f"{len(said) + 1} of them, at most {max_turns} are taken")
+    if begun.role == pb.ROLE_UNSPECIFIED:
+        return said, Role.AGENT
+    if begun.role not in _ROLES:
+        raise InputError("role", f"should be one of {_ROLE_NAMES}")
+    return said, _ROLES[begun.role]
+
+
 def _to_role(index: int, role: pb.Role.ValueType) -> Role:
     if role not in _ROLES:
         raise InputError(f"turns[{index}].role", f"should be one of {_ROLE_NAMES}")

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 # Probes carry no token, and must not use up anyone's rate.
 _OPEN = "/grpc.health.v1.Health/"
 _ADMIN = "guard.v1.Admin/"
+_ONE_REQUEST = {"guard.v1.Moderation/CheckStream"}  # streams whose messages are parts of one
 
 # Of a call's line in the log; INFO for every other end.
 _LEVELS = {grpc.StatusCode.OK: logging.DEBUG, grpc.StatusCode.INTERNAL: logging.ERROR}
@@ -42,6 +43,7 @@ class _Call:
     method: str
     client: str = ""
     decision_id: str | None = None
+    charged: bool = False
 
 
 class Calls(grpc.aio.ServerInterceptor):
@@ -183,7 +185,8 @@ class Calls(grpc.aio.ServerInterceptor):
     async def _next(self, call: _Call, messages: AsyncIterator[bytes]) -> bytes | None:
         """The next message, as soon as the client's rate has room for it; None at the end of the stream."""
         raw = await anext(messages, None)
-        if raw is not None and self._limit is not None:
+        if raw is not None and self._limit is not None and not (call.charged and call.method in _ONE_REQUEST):
+            call.charged = True
             while wait := self._limit.take(call.client):  # noqa: ASYNC110 # time is what is waited for
                 await asyncio.sleep(wait)
         return raw

@@ -26,7 +26,10 @@ class Judge(Protocol):
         metadata: Mapping[str, str] = NO_METADATA,
         conversation_id: str = "",
         client: str = "",
+        known: int = 0,
     ) -> Decision: ...
+
+    async def token_ends(self, text: str) -> list[int]: ...
 
     async def adopt(self, policies: PolicyStore) -> None: ...
 

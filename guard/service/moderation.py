@@ -14,6 +14,7 @@ from guard.service import convert
 from guard.service.access import caller
 from guard.service.rollout import Rollout
 from guard.service.status import reason_of, to_item_error
+from guard.service.stream import Stream
 from guard.settings import Settings
 from guard.telemetry import Telemetry
 from guard.types import Conversation, Decision, Lane
@@ -82,6 +83,20 @@ class Moderation(ModerationServicer):
             async for response in answers:
                 yield response
 
+    async def CheckStream(
+        self, request_iterator: AsyncIterator[pb.CheckStreamRequest], context: _Context
+    ) -> AsyncIterator[pb.CheckStreamResponse]:
+        first = await anext(request_iterator, None)
+        if first is None:
+            return
+        if not first.HasField("open"):
+            raise InputError("open", "comes first")
+        stream = Stream(first.open, self._rollout, self._settings, self._telemetry, caller.get(), self._tell_of_turn)
+        with self._telemetry.metrics.streams.track_inprogress():
+            async with aclosing(stream.answers(request_iterator)) as answers:
+                async for answer in answers:
+                    yield answer
+
     async def GetModel(self, request: pb.GetModelRequest, context: _Context) -> pb.GetModelResponse:
         return convert.from_model(self._rollout.judge.model)
 
@@ -108,11 +123,27 @@ class Moderation(ModerationServicer):
             conversation_id=request.conversation_id,
             client=caller.get(),
         )
+        self._tell(decision, conversation, request.conversation_id, request.metadata, policies)
+        return decision
+
+    def _tell_of_turn(
+        self, decision: Decision, conversation: Conversation, conversation_id: str, metadata: Mapping[str, str]
+    ) -> None:
+        self._tell(decision, conversation, conversation_id, metadata, self._rollout.policies)
+
+    def _tell(
+        self,
+        decision: Decision,
+        conversation: Conversation,
+        conversation_id: str,
+        metadata: Mapping[str, str],
+        policies: PolicyStore,
+    ) -> None:
+        """Counts the decision, and leaves it to those who keep it."""
         self._telemetry.metrics.decided(decision)
         self._rollout.decided(decision)
         for journal in self._journals:
-            journal.add(decision, conversation, request.conversation_id, request.metadata, policies)
-        return decision
+            journal.add(decision, conversation, conversation_id, metadata, policies)
 
     def _item_error(self, id: str, error: Exception) -> pb.CheckManyResponse:
         self._telemetry.metrics.refusals.labels(reason_of(error)).inc()

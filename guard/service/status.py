@@ -9,6 +9,7 @@ from guard.errors import (
     Draining,
     Expired,
     GuardError,
+    Idle,
     InputError,
     Loading,
     NotFound,
@@ -28,6 +29,7 @@ _CODES: dict[type[GuardError], grpc.StatusCode] = {
     Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
     Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
     Expired: grpc.StatusCode.DEADLINE_EXCEEDED,
+    Idle: grpc.StatusCode.DEADLINE_EXCEEDED,
     Loading: grpc.StatusCode.UNAVAILABLE,
     Draining: grpc.StatusCode.UNAVAILABLE,
 }

@@ -93,6 +93,34 @@ SCORE_DETAIL_ALL: ScoreDetail.ValueType  # 3
 """`unsafe` and every hazard."""
 Global___ScoreDetail: _TypeAlias = ScoreDetail  # noqa: Y015
 
+class _StreamMode:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _StreamModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_StreamMode.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    STREAM_MODE_UNSPECIFIED: _StreamMode.ValueType  # 0
+    """The same as STREAM_MODE_HOLD."""
+    STREAM_MODE_HOLD: _StreamMode.ValueType  # 1
+    """Only what a verdict covers and lets pass."""
+    STREAM_MODE_LAG: _StreamMode.ValueType  # 2
+    """At once, but not further ahead of the verdicts than the limits that StreamOpen sets."""
+    STREAM_MODE_MONITOR: _StreamMode.ValueType  # 3
+    """At once, and whatever the verdicts say."""
+
+class StreamMode(_StreamMode, metaclass=_StreamModeEnumTypeWrapper):
+    """What of an unfinished turn may be shown, and when."""
+
+STREAM_MODE_UNSPECIFIED: StreamMode.ValueType  # 0
+"""The same as STREAM_MODE_HOLD."""
+STREAM_MODE_HOLD: StreamMode.ValueType  # 1
+"""Only what a verdict covers and lets pass."""
+STREAM_MODE_LAG: StreamMode.ValueType  # 2
+"""At once, but not further ahead of the verdicts than the limits that StreamOpen sets."""
+STREAM_MODE_MONITOR: StreamMode.ValueType  # 3
+"""At once, and whatever the verdicts say."""
+Global___StreamMode: _TypeAlias = StreamMode  # noqa: Y015
+
 @_typing.final
 class Turn(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
@@ -395,6 +423,253 @@ class Error(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Error: _TypeAlias = Error  # noqa: Y015
+
+@_typing.final
+class CheckStreamRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OPEN_FIELD_NUMBER: _builtins.int
+    DELTA_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    NEXT_FIELD_NUMBER: _builtins.int
+    delta: _builtins.bytes
+    """What comes next of the turn that is being written: UTF-8, cut anywhere, within a character too."""
+    @_builtins.property
+    def open(self) -> Global___StreamOpen:
+        """First, and only once."""
+
+    @_builtins.property
+    def end(self) -> Global___StreamEnd:
+        """The turn is complete."""
+
+    @_builtins.property
+    def next(self) -> Global___StreamNext:
+        """Another turn begins; the one before it is complete."""
+
+    def __init__(
+        self,
+        *,
+        open: Global___StreamOpen | None = ...,
+        delta: _builtins.bytes = ...,
+        end: Global___StreamEnd | None = ...,
+        next: Global___StreamNext | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "end", b"end", "next", b"next", "open", b"open", "step", b"step"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "end", b"end", "next", b"next", "open", b"open", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_step: _TypeAlias = _typing.Literal["open", "delta", "end", "next"]  # noqa: Y015
+    _WhichOneofArgType_step: _TypeAlias = _typing.Literal["step", b"step"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_step) -> _WhichOneofReturnType_step | None: ...
+
+Global___CheckStreamRequest: _TypeAlias = CheckStreamRequest  # noqa: Y015
+
+@_typing.final
+class StreamOpen(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class MetadataEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    TURNS_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
+    POLICY_FIELD_NUMBER: _builtins.int
+    CONVERSATION_ID_FIELD_NUMBER: _builtins.int
+    METADATA_FIELD_NUMBER: _builtins.int
+    SCORE_DETAIL_FIELD_NUMBER: _builtins.int
+    MODE_FIELD_NUMBER: _builtins.int
+    LAG_CHARACTERS_FIELD_NUMBER: _builtins.int
+    LAG_MS_FIELD_NUMBER: _builtins.int
+    role: Global___Role.ValueType
+    """Who speaks; ROLE_AGENT when absent."""
+    policy: _builtins.str
+    """Name of a policy; empty for the default policy."""
+    conversation_id: _builtins.str
+    """Opaque; the same for all turns of one conversation. Optional."""
+    score_detail: Global___ScoreDetail.ValueType
+    mode: Global___StreamMode.ValueType
+    lag_characters: _builtins.int
+    """Of STREAM_MODE_LAG: characters that may be shown ahead of a verdict; 200 when absent."""
+    lag_ms: _builtins.int
+    """Of STREAM_MODE_LAG: how long characters may be shown ahead of a verdict, in milliseconds; 1000 when absent."""
+    @_builtins.property
+    def turns(self) -> _containers.RepeatedCompositeFieldContainer[Global___Turn]:
+        """What was said before, in order; may be empty."""
+
+    @_builtins.property
+    def metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Opaque to the model; read by policies that ask for it. Optional."""
+
+    def __init__(
+        self,
+        *,
+        turns: _abc.Iterable[Global___Turn] | None = ...,
+        role: Global___Role.ValueType = ...,
+        policy: _builtins.str = ...,
+        conversation_id: _builtins.str = ...,
+        metadata: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        score_detail: Global___ScoreDetail.ValueType = ...,
+        mode: Global___StreamMode.ValueType = ...,
+        lag_characters: _builtins.int | None = ...,
+        lag_ms: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_lag_characters", b"_lag_characters", "_lag_ms", b"_lag_ms", "lag_characters", b"lag_characters", "lag_ms", b"lag_ms"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_lag_characters", b"_lag_characters", "_lag_ms", b"_lag_ms", "conversation_id", b"conversation_id", "lag_characters", b"lag_characters", "lag_ms", b"lag_ms", "metadata", b"metadata", "mode", b"mode", "policy", b"policy", "role", b"role", "score_detail", b"score_detail", "turns", b"turns"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__lag_characters: _TypeAlias = _typing.Literal["lag_characters"]  # noqa: Y015
+    _WhichOneofArgType__lag_characters: _TypeAlias = _typing.Literal["_lag_characters", b"_lag_characters"]  # noqa: Y015
+    _WhichOneofReturnType__lag_ms: _TypeAlias = _typing.Literal["lag_ms"]  # noqa: Y015
+    _WhichOneofArgType__lag_ms: _TypeAlias = _typing.Literal["_lag_ms", b"_lag_ms"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__lag_characters) -> _WhichOneofReturnType__lag_characters | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__lag_ms) -> _WhichOneofReturnType__lag_ms | None: ...
+
+Global___StreamOpen: _TypeAlias = StreamOpen  # noqa: Y015
+
+@_typing.final
+class StreamEnd(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StreamEnd: _TypeAlias = StreamEnd  # noqa: Y015
+
+@_typing.final
+class StreamNext(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TURNS_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
+    role: Global___Role.ValueType
+    """Who speaks; ROLE_AGENT when absent."""
+    @_builtins.property
+    def turns(self) -> _containers.RepeatedCompositeFieldContainer[Global___Turn]:
+        """What was said after the turn before, in order; may be empty."""
+
+    def __init__(
+        self,
+        *,
+        turns: _abc.Iterable[Global___Turn] | None = ...,
+        role: Global___Role.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["role", b"role", "turns", b"turns"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StreamNext: _TypeAlias = StreamNext  # noqa: Y015
+
+@_typing.final
+class CheckStreamResponse(_message.Message):
+    """Characters are Unicode code points, counted from the beginning of the turn that is being written."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TURN_FIELD_NUMBER: _builtins.int
+    RELEASE_FIELD_NUMBER: _builtins.int
+    JUDGED_FIELD_NUMBER: _builtins.int
+    VERDICT_FIELD_NUMBER: _builtins.int
+    CUT_FIELD_NUMBER: _builtins.int
+    COMPLETE_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    TIMINGS_FIELD_NUMBER: _builtins.int
+    DECISION_ID_FIELD_NUMBER: _builtins.int
+    turn: _builtins.int
+    """Which of the stream's turns this is about, from 0."""
+    release: _builtins.int
+    """The turn may be shown up to this character; never less than before."""
+    judged: _builtins.int
+    """The turn was judged up to this character."""
+    complete: _builtins.bool
+    """Nothing more is said of the turn, which is complete."""
+    decision_id: _builtins.str
+    @_builtins.property
+    def verdict(self) -> Global___Verdict:
+        """What is said of it up to there; absent where there is only more to show. Its own `turn` is the index in the
+        conversation.
+        """
+
+    @_builtins.property
+    def cut(self) -> Global___StreamCut:
+        """There when no more of the turn may be shown; nothing more is said of that turn."""
+
+    @_builtins.property
+    def provenance(self) -> Global___Provenance:
+        """Of a verdict: what was in force, where its time went, and the key to find it in logs, if it is the turn's last."""
+
+    @_builtins.property
+    def timings(self) -> Global___Timings: ...
+    def __init__(
+        self,
+        *,
+        turn: _builtins.int = ...,
+        release: _builtins.int = ...,
+        judged: _builtins.int = ...,
+        verdict: Global___Verdict | None = ...,
+        cut: Global___StreamCut | None = ...,
+        complete: _builtins.bool = ...,
+        provenance: Global___Provenance | None = ...,
+        timings: Global___Timings | None = ...,
+        decision_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cut", b"cut", "provenance", b"provenance", "timings", b"timings", "verdict", b"verdict"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "cut", b"cut", "decision_id", b"decision_id", "judged", b"judged", "provenance", b"provenance", "release", b"release", "timings", b"timings", "turn", b"turn", "verdict", b"verdict"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckStreamResponse: _TypeAlias = CheckStreamResponse  # noqa: Y015
+
+@_typing.final
+class StreamCut(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OFFSET_FIELD_NUMBER: _builtins.int
+    SHOWN_FIELD_NUMBER: _builtins.int
+    offset: _builtins.int
+    """Where the violation began: with the token that ends at this character the verdict turned."""
+    shown: _builtins.int
+    """Characters that were released before."""
+    def __init__(
+        self,
+        *,
+        offset: _builtins.int = ...,
+        shown: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["offset", b"offset", "shown", b"shown"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StreamCut: _TypeAlias = StreamCut  # noqa: Y015
 
 @_typing.final
 class Verdict(_message.Message):

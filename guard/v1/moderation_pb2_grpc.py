@@ -33,8 +33,6 @@ class ModerationStub:
     may make; RetryInfo details and grpc-retry-pushback-ms say when to come back; without them the message is too large),
     DEADLINE_EXCEEDED, UNAVAILABLE (starting or stopping), INTERNAL (a fault of the service; its log says more). Details
     travel as google.rpc.Status in grpc-status-details-bin.
-
-    The name CheckStream, and with it StreamRequest and StreamResponse, is kept for moderation of unfinished turns.
     """
 
     def __init__(self, channel):
@@ -57,6 +55,11 @@ class ModerationStub:
                 '/guard.v1.Moderation/CheckMany',
                 request_serializer=guard_dot_v1_dot_moderation__pb2.CheckManyRequest.SerializeToString,
                 response_deserializer=guard_dot_v1_dot_moderation__pb2.CheckManyResponse.FromString,
+                _registered_method=True)
+        self.CheckStream = channel.stream_stream(
+                '/guard.v1.Moderation/CheckStream',
+                request_serializer=guard_dot_v1_dot_moderation__pb2.CheckStreamRequest.SerializeToString,
+                response_deserializer=guard_dot_v1_dot_moderation__pb2.CheckStreamResponse.FromString,
                 _registered_method=True)
         self.GetModel = channel.unary_unary(
                 '/guard.v1.Moderation/GetModel',
@@ -83,8 +86,6 @@ class ModerationServicer:
     may make; RetryInfo details and grpc-retry-pushback-ms say when to come back; without them the message is too large),
     DEADLINE_EXCEEDED, UNAVAILABLE (starting or stopping), INTERNAL (a fault of the service; its log says more). Details
     travel as google.rpc.Status in grpc-status-details-bin.
-
-    The name CheckStream, and with it StreamRequest and StreamResponse, is kept for moderation of unfinished turns.
     """
 
     def Check(self, request, context):
@@ -106,6 +107,17 @@ class ModerationServicer:
         are served first. The server stops reading while too much is in flight, so a writer is paced by flow control. A
         stopping server reads no further, answers what it has read, and ends the stream with UNAVAILABLE: a request without
         an answer was not judged, and may be sent again elsewhere.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CheckStream(self, request_iterator, context):
+        """Judges turns while they are being written: a conversation so far, then pieces of the next turn as they come. A
+        verdict on what there is so far is what Check would say of it; see StreamMode for what may be shown when. A stream
+        may go on with further turns. The server reads no further while too much is unjudged, so a writer is paced by flow
+        control. A stream on which nothing comes for too long ends with DEADLINE_EXCEEDED, and with UNAVAILABLE where the
+        server stops.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -150,6 +162,11 @@ def add_ModerationServicer_to_server(servicer, server):
                     request_deserializer=guard_dot_v1_dot_moderation__pb2.CheckManyRequest.FromString,
                     response_serializer=guard_dot_v1_dot_moderation__pb2.CheckManyResponse.SerializeToString,
             ),
+            'CheckStream': grpc.stream_stream_rpc_method_handler(
+                    servicer.CheckStream,
+                    request_deserializer=guard_dot_v1_dot_moderation__pb2.CheckStreamRequest.FromString,
+                    response_serializer=guard_dot_v1_dot_moderation__pb2.CheckStreamResponse.SerializeToString,
+            ),
             'GetModel': grpc.unary_unary_rpc_method_handler(
                     servicer.GetModel,
                     request_deserializer=guard_dot_v1_dot_moderation__pb2.GetModelRequest.FromString,
@@ -181,8 +198,6 @@ class Moderation:
     may make; RetryInfo details and grpc-retry-pushback-ms say when to come back; without them the message is too large),
     DEADLINE_EXCEEDED, UNAVAILABLE (starting or stopping), INTERNAL (a fault of the service; its log says more). Details
     travel as google.rpc.Status in grpc-status-details-bin.
-
-    The name CheckStream, and with it StreamRequest and StreamResponse, is kept for moderation of unfinished turns.
     """
 
     @staticmethod
@@ -256,6 +271,33 @@ class Moderation:
             '/guard.v1.Moderation/CheckMany',
             guard_dot_v1_dot_moderation__pb2.CheckManyRequest.SerializeToString,
             guard_dot_v1_dot_moderation__pb2.CheckManyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CheckStream(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/guard.v1.Moderation/CheckStream',
+            guard_dot_v1_dot_moderation__pb2.CheckStreamRequest.SerializeToString,
+            guard_dot_v1_dot_moderation__pb2.CheckStreamResponse.FromString,
             options,
             channel_credentials,
             insecure,

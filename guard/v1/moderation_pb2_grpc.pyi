@@ -34,8 +34,6 @@ class ModerationStub:
     may make; RetryInfo details and grpc-retry-pushback-ms say when to come back; without them the message is too large),
     DEADLINE_EXCEEDED, UNAVAILABLE (starting or stopping), INTERNAL (a fault of the service; its log says more). Details
     travel as google.rpc.Status in grpc-status-details-bin.
-
-    The name CheckStream, and with it StreamRequest and StreamResponse, is kept for moderation of unfinished turns.
     """
 
     @_typing.overload
@@ -51,6 +49,13 @@ class ModerationStub:
     are served first. The server stops reading while too much is in flight, so a writer is paced by flow control. A
     stopping server reads no further, answers what it has read, and ends the stream with UNAVAILABLE: a request without
     an answer was not judged, and may be sent again elsewhere.
+    """
+    CheckStream: _grpc.StreamStreamMultiCallable[_moderation_pb2.CheckStreamRequest, _moderation_pb2.CheckStreamResponse]
+    """Judges turns while they are being written: a conversation so far, then pieces of the next turn as they come. A
+    verdict on what there is so far is what Check would say of it; see StreamMode for what may be shown when. A stream
+    may go on with further turns. The server reads no further while too much is unjudged, so a writer is paced by flow
+    control. A stream on which nothing comes for too long ends with DEADLINE_EXCEEDED, and with UNAVAILABLE where the
+    server stops.
     """
     GetModel: _grpc.UnaryUnaryMultiCallable[_moderation_pb2.GetModelRequest, _moderation_pb2.GetModelResponse]
     """The model that is served, and how it runs on this machine."""
@@ -68,8 +73,6 @@ class ModerationAsyncStub(ModerationStub):
     may make; RetryInfo details and grpc-retry-pushback-ms say when to come back; without them the message is too large),
     DEADLINE_EXCEEDED, UNAVAILABLE (starting or stopping), INTERNAL (a fault of the service; its log says more). Details
     travel as google.rpc.Status in grpc-status-details-bin.
-
-    The name CheckStream, and with it StreamRequest and StreamResponse, is kept for moderation of unfinished turns.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -82,6 +85,13 @@ class ModerationAsyncStub(ModerationStub):
     are served first. The server stops reading while too much is in flight, so a writer is paced by flow control. A
     stopping server reads no further, answers what it has read, and ends the stream with UNAVAILABLE: a request without
     an answer was not judged, and may be sent again elsewhere.
+    """
+    CheckStream: _aio.StreamStreamMultiCallable[_moderation_pb2.CheckStreamRequest, _moderation_pb2.CheckStreamResponse]  # type: ignore[assignment]
+    """Judges turns while they are being written: a conversation so far, then pieces of the next turn as they come. A
+    verdict on what there is so far is what Check would say of it; see StreamMode for what may be shown when. A stream
+    may go on with further turns. The server reads no further while too much is unjudged, so a writer is paced by flow
+    control. A stream on which nothing comes for too long ends with DEADLINE_EXCEEDED, and with UNAVAILABLE where the
+    server stops.
     """
     GetModel: _aio.UnaryUnaryMultiCallable[_moderation_pb2.GetModelRequest, _moderation_pb2.GetModelResponse]  # type: ignore[assignment]
     """The model that is served, and how it runs on this machine."""
@@ -98,8 +108,6 @@ class ModerationServicer(metaclass=_abc_1.ABCMeta):
     may make; RetryInfo details and grpc-retry-pushback-ms say when to come back; without them the message is too large),
     DEADLINE_EXCEEDED, UNAVAILABLE (starting or stopping), INTERNAL (a fault of the service; its log says more). Details
     travel as google.rpc.Status in grpc-status-details-bin.
-
-    The name CheckStream, and with it StreamRequest and StreamResponse, is kept for moderation of unfinished turns.
     """
 
     @_abc_1.abstractmethod
@@ -128,6 +136,19 @@ class ModerationServicer(metaclass=_abc_1.ABCMeta):
         are served first. The server stops reading while too much is in flight, so a writer is paced by flow control. A
         stopping server reads no further, answers what it has read, and ends the stream with UNAVAILABLE: a request without
         an answer was not judged, and may be sent again elsewhere.
+        """
+
+    @_abc_1.abstractmethod
+    def CheckStream(
+        self,
+        request_iterator: _MaybeAsyncIterator[_moderation_pb2.CheckStreamRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_moderation_pb2.CheckStreamResponse], _abc.AsyncIterator[_moderation_pb2.CheckStreamResponse]]:
+        """Judges turns while they are being written: a conversation so far, then pieces of the next turn as they come. A
+        verdict on what there is so far is what Check would say of it; see StreamMode for what may be shown when. A stream
+        may go on with further turns. The server reads no further while too much is unjudged, so a writer is paced by flow
+        control. A stream on which nothing comes for too long ends with DEADLINE_EXCEEDED, and with UNAVAILABLE where the
+        server stops.
         """
 
     @_abc_1.abstractmethod

@@ -62,6 +62,9 @@ class CausalModel:
     def tokenise(self, conversation: Conversation, long_input: LongInput = "head-tail") -> tuple[Tokens, ...]:
         return TOKENIZER.tokenise(conversation, long_input)
 
+    def token_ends(self, text: str) -> list[int]:
+        return TOKENIZER.ends(text)
+
     def score(self, batch: Sequence[Tokens]) -> list[tuple[Scores, ...]]:
         self.passes.append(len(batch))
         if self.fails:

@@ -49,6 +49,9 @@ class FaultyModel:
         self.tokenised += 1
         return tokens
 
+    def token_ends(self, text: str) -> list[int]:
+        return self._model.token_ends(text)
+
     def score(self, batch: Sequence[Tokens]) -> list[tuple[Scores, ...]]:
         self.passes.append(len(batch))
         self.gate.wait()
