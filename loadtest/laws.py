@@ -19,7 +19,7 @@ from guard.settings import Settings
 from guard.telemetry import Metrics
 from guard.types import Conversation, Role, Scores, Tokens, Turn
 
-_SIDE_BY_SIDE = 6
+_SIDE_BY_SIDE = 8
 _PIECES = (
     *("Hello", " there", ". ", "How do I", " internationalisation", "\n\n", "  ", "1234567", "don't", " — ", "e\u0301"),
     *("🗝️", "👩\u200d👩\u200d👧", "🇩🇪", "Übergrößenträger", "запрос", "こんにちは", "مرحبا", "\u200b", "a" * 40),
@@ -27,23 +27,25 @@ _PIECES = (
 )
 
 
-def text(chance: random.Random, pieces: int) -> str:
+def text(chance: random.Random) -> str:
+    """Short as a rule, of several pages at times."""
+    pieces = chance.randrange(120 if chance.random() < 0.1 else 16)
     words = chance.choices(_PIECES, k=pieces)
     return "".join(word if chance.random() < 0.8 else chr(chance.randrange(0x20, 0xD7FF)) for word in words)
 
 
 def cut(chance: random.Random) -> Iterator[Conversation]:
     """A turn as it is being written, cut between any two characters, among them those of one letter or one emoji."""
-    before = [Turn(chance.choice(list(Role)), text(chance, chance.randrange(20))) for _ in range(chance.randrange(3))]
-    whole = text(chance, chance.randrange(1, 120))
-    places = sorted({*(chance.randrange(len(whole) + 1) for _ in range(chance.randrange(6))), len(whole)})
+    before = [Turn(chance.choice(list(Role)), text(chance)) for _ in range(chance.randrange(3))]
+    whole = text(chance)
+    places = sorted({*(chance.randrange(len(whole) + 1) for _ in range(chance.randrange(4))), len(whole)})
     for place in places:
         yield Conversation((*before, Turn(Role.AGENT, whole[:place])), len(before))
 
 
 def chat(chance: random.Random) -> Iterator[Conversation]:
     """A conversation that is judged turn by turn, now and then as a whole, or at a turn that was judged before."""
-    turns = [Turn(chance.choice(list(Role)), text(chance, chance.randrange(30))) for _ in range(chance.randrange(1, 6))]
+    turns = [Turn(chance.choice(list(Role)), text(chance)) for _ in range(chance.randrange(1, 6))]
     for last in range(len(turns)):
         target = None if chance.random() < 0.2 else chance.randrange(last + 1) if chance.random() < 0.2 else last
         yield Conversation(tuple(turns[: last + 1]), target)
