@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--recipe", type=Path, default=Settings().model / "recipe.yaml")
     parser.add_argument("--sources", nargs="+", default=["authored_replies_en", "authored_context_en"])
     given = parser.parse_args()
-    settings = Settings(threads=1)
+    settings = Settings(threads=1, max_queue_seconds=3600)
     moderator = Moderator.load(settings, Telemetry.start("error"))
     try:
         asyncio.run(run(moderator, settings, given))

@@ -141,14 +141,20 @@ def classifier() -> "Classifier":
 async def serve_classifier(classifier: "Classifier", **options: Any) -> AsyncIterator[Running]:
     """A server with the real engine in front of that model, and the shipped policies.
 
-    Its batches are small, so that there is little to warm up, and its queue is as good as endless.
+    The embedded model keeps what it has read. Its batches are small, so that there is little to warm up, and its queue
+    is as good as endless.
     """
 
     def load(settings: Settings, telemetry: Telemetry) -> Judge:
         from guard.engine.moderator import Moderator
+        from guard.engine.prefix_cache import PrefixCache
+        from guard.model.turn_classifier import TurnClassifier
 
         policies = PolicyStore.load(settings.policies, settings.default_policy)
-        return Moderator(classifier, policies, telemetry, max_batch_tokens=16, max_queue_seconds=3600)
+        cache = PrefixCache(classifier, 2**26, telemetry.metrics) if isinstance(classifier, TurnClassifier) else None
+        return Moderator(
+            classifier, policies, telemetry, max_batch_tokens=16, max_queue_seconds=3600, prefix_cache=cache
+        )
 
     async with run_server(load, **options) as running:
         yield running

@@ -107,6 +107,26 @@ async def test_a_sequence_above_the_budget_runs_alone() -> None:
         assert await waiting.go() == [[1], [2], [3]]
 
 
+async def test_a_request_costs_what_is_to_be_read_of_it() -> None:
+    """A batch holds more of those that were read in part before."""
+    model, telemetry, thread = SumModel(), Telemetry.start("critical"), ThreadPoolExecutor(1)
+    batcher = Batcher(
+        model,
+        thread,
+        cost=lambda tokens: 2,
+        max_batch_tokens=10,
+        max_queue_seconds=1e9,
+        rate=1.0,
+        telemetry=telemetry,
+    )
+    waiting = Queue(batcher, model, telemetry.metrics)
+    await until(lambda: model.batches == [[0]])
+    asked = [waiting.ask(id, 9) for id in range(1, 8)]
+    assert await waiting.go() == [[1, 2, 3, 4, 5], [6, 7]]
+    assert [(await each).scores[0].unsafe for each in asked] == [9 * id for id in range(1, 8)]
+    thread.shutdown()
+
+
 async def test_windows_that_belong_together_share_a_batch() -> None:
     """They are let in, counted and scored as one."""
     async with queue(max_batch_tokens=10, max_queue_seconds=9, rate=1) as waiting:

@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from guard.policy.store import load_policy
 from guard.v1 import moderation_pb2 as pb
-from tests.conftest import Service
+from tests.conftest import Running, Service
 
 STRICT, MILD = 0.5, 0.9  # the stand-in's "attack" is unsafe by 0.875
 
@@ -61,7 +61,7 @@ async def healthz(service: Service) -> Any:
         return await response.json()
 
 
-async def metrics(service: Service, name: str) -> dict[tuple[str, ...], float]:
+async def metrics(service: Running, name: str) -> dict[tuple[str, ...], float]:
     """The samples of a metric by the values of their labels, in order of the labels' names."""
     async with aiohttp.ClientSession() as session, session.get(f"{service.url}/metrics") as response:
         text = await response.text()

@@ -288,3 +288,5 @@ async def test_a_verdict_says_what_check_says_of_the_text_so_far(embedded: Runni
     for point in points:
         turn = pb.Turn(role=pb.ROLE_AGENT, text=said[: point.judged])
         assert point.verdict == (await embedded.stub.Check(pb.CheckRequest(turns=[USER, turn]))).verdict
+    tokens = await metrics(embedded, "prefix_cache_tokens_total")
+    assert tokens[("held",)] > tokens[("read",)]
