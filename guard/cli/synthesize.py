@@ -30,6 +30,7 @@ def synthesize(
     keep_at_least: Annotated[
         float, typer.Option(help="Leave out what the classifier disagrees with by less.", min=0, max=1)
     ] = 0.0,
+    timeout: Annotated[float, typer.Option(help="Seconds that a reply may take, before it is given up.", min=1)] = 300,
     config: options.Config = None,
 ) -> None:
     """Have examples of a category written, for you to review. Needs the extra `train`.
@@ -47,7 +48,7 @@ def synthesize(
 
     settings = Settings.load({}, os.environ, config)
     wanted = synthesis.read_category(category)
-    writer = synthesis.Backend(backend, model, os.environ.get("OPENAI_API_KEY"))
+    writer = synthesis.Backend(backend, model, os.environ.get("OPENAI_API_KEY"), seconds=timeout)
     records: list[Record] = []
     with _new(out) as file, progress("gathering", count) as advance:
 

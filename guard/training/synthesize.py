@@ -12,7 +12,7 @@ from json import dumps
 from pathlib import Path
 from typing import Annotated, Final
 
-from openai import APIConnectionError, APIStatusError, AsyncOpenAI, Timeout
+from openai import APIConnectionError, APIStatusError, AsyncOpenAI, InternalServerError, Timeout
 from pydantic import BaseModel, ConfigDict, Field, HttpUrl, StringConstraints, TypeAdapter, ValidationError
 from pydantic_core import from_json
 
@@ -24,7 +24,8 @@ from guard.types import Role
 SOURCE: Final = "synthesised"
 
 _AT_ONCE: Final = 4  # requests
-_TIMEOUT: Final = Timeout(300, connect=10)  # seconds; small backends are slow
+_TIMEOUT: Final = Timeout(None, connect=10)  # seconds; how long a reply may take, Backend.seconds says
+_LISTING: Final = 30  # seconds, in which a backend tells its models
 _A_REPLY: Final = 10  # texts asked for at once
 _SHOWN: Final = 6  # examples of either label in a prompt
 _FRUITLESS: Final = 5  # replies in a row that bring nothing new, after which no more are asked for
@@ -105,13 +106,15 @@ class Category(_Spec):
 class Backend:
     """An OpenAI-compatible API, by its URL up to /v1; without a model, the only one it has.
 
-    What fails for now is tried again so many times, after half a second, one, two …, or when the backend says.
+    What fails for now is tried again so many times, after half a second, one, two …, or when the backend says. A reply
+    that takes longer than `seconds` in all is given up, and not asked for again: a slow backend has enough to do.
     """
 
     url: str
     model: str | None = None
     api_key: str | None = field(default=None, repr=False)
     retries: int = 5
+    seconds: float = 300
 
 
 def read_category(path: Path) -> Category:
@@ -139,8 +142,9 @@ async def gather(category: Category, backend: Backend, count: int, keep: Callabl
         base_url=backend.url, api_key=backend.api_key or "none", timeout=_TIMEOUT, max_retries=backend.retries
     ) as client:
         model = backend.model or await _only_model(client, where)
-        gathering = _Gathering(category, _Asking(client, model, where), keep)
         kinds = list(product(category.languages, _LABELS))
+        asking = _Asking(client, model, where, backend.seconds, min(_AT_ONCE, len(kinds)))
+        gathering = _Gathering(category, asking, keep)
         try:
             async with asyncio.TaskGroup() as group:
                 for number, (language, label) in enumerate(kinds):
@@ -235,23 +239,21 @@ class _Models(BaseModel):
 
 
 class _Asking:
-    """One model of a backend; never asked more than _AT_ONCE things at once."""
+    """One model of a backend; asked so many things `at_once`, and one less after each reply that came too late."""
 
-    def __init__(self, client: AsyncOpenAI, model: str, where: str) -> None:
+    def __init__(self, client: AsyncOpenAI, model: str, where: str, seconds: float, at_once: int) -> None:
         self._client = client
         self._model = model
         self._where = where
-        self._slots = asyncio.Semaphore(_AT_ONCE)
+        self._seconds = seconds
+        self._at_once = at_once
+        self._slots = asyncio.Semaphore(at_once)
 
     async def texts(self, prompt: str) -> list[str]:
         """What the model makes of a prompt. Raises _Useless, and what `gather` says."""
-        async with self._slots:
-            with _told(self._where):
-                response = await self._client.chat.completions.with_raw_response.create(
-                    model=self._model, messages=[{"role": "user", "content": prompt}], temperature=1.0
-                )
+        response = await self._answer(prompt)
         try:
-            choice = _Completion.model_validate_json(response.content).choices[0]
+            choice = _Completion.model_validate_json(response).choices[0]
         except ValidationError:  # which quotes the reply
             raise _Useless("replies unreadable") from None
         reply = choice.message.content or ""
@@ -261,6 +263,25 @@ class _Asking:
         if not found:
             raise _Useless("replies empty")
         return found
+
+    async def _answer(self, prompt: str) -> bytes:
+        await self._slots.acquire()
+        late = False
+        try:
+            async with asyncio.timeout(self._seconds):
+                with _told(self._where):
+                    response = await self._client.chat.completions.with_raw_response.create(
+                        model=self._model, messages=[{"role": "user", "content": prompt}], temperature=1.0
+                    )
+            return response.content
+        except TimeoutError:
+            late = True
+            raise _Useless("replies too late") from None
+        finally:
+            if late and self._at_once > 1:
+                self._at_once -= 1  # the slot is not given back
+            else:
+                self._slots.release()
 
 
 class _Gathering:
@@ -352,12 +373,12 @@ def _authority(url: str) -> str:
 
 
 async def _only_model(client: AsyncOpenAI, where: str) -> str:
-    try:
-        with _told(where):
-            response = await client.models.with_raw_response.list()
-        models = _Models.model_validate_json(response.content).data
-    except ValidationError:
-        raise ConfigError(f"{where} gave no list of models; name the one to ask") from None
+    with _told(where):
+        try:
+            response = await client.models.with_raw_response.list(timeout=_LISTING)
+            models = _Models.model_validate_json(response.content).data
+        except (InternalServerError, ValidationError):  # `transformers serve` fails where there is no cache of models
+            raise ConfigError(f"{where} gave no list of models; name the one to ask") from None
     if len(models) != 1:
         raise ConfigError(f"{where} has {len(models)} models; name the one to ask")
     return models[0].id

@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 
@@ -46,6 +46,7 @@ class Answer:
     body: bytes | None = None
     refusal: str | None = None
     finish: str = "stop"
+    after: float = 0  # seconds
 
     def encoded(self) -> bytes:
         if self.body is not None:
@@ -62,11 +63,15 @@ class Backend:
 
 
 @contextmanager
-def serving(answer: Callable[[Asked], Answer], models: Sequence[str] = ("writer",)) -> Iterator[Backend]:
+def serving(answer: Callable[[Asked], Answer], models: Sequence[str] | None = ("writer",)) -> Iterator[Backend]:
+    """Without `models` it fails to list them."""
+    closing = Event()
+
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             assert self.path == "/v1/models"
-            self._send(200, json.dumps({"object": "list", "data": [{"id": model} for model in models]}).encode())
+            data = [{"id": model} for model in models or ()]
+            self._send(500 if models is None else 200, json.dumps({"object": "list", "data": data}).encode())
 
         def do_POST(self) -> None:
             assert self.path == "/v1/chat/completions"
@@ -74,6 +79,7 @@ def serving(answer: Callable[[Asked], Answer], models: Sequence[str] = ("writer"
             asked = Asked(len(backend.asked), body, self.headers["Authorization"])
             backend.asked.append(asked)
             given = answer(asked)
+            closing.wait(given.after)
             self._send(given.status, given.encoded())
 
         def _send(self, status: int, body: bytes) -> None:
@@ -95,6 +101,7 @@ def serving(answer: Callable[[Asked], Answer], models: Sequence[str] = ("writer"
         try:
             yield backend
         finally:
+            closing.set()
             server.shutdown()
             thread.join()
 

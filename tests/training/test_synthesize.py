@@ -120,6 +120,20 @@ async def test_what_fails_for_now_is_tried_again(category: Category) -> None:
     assert (len(records), len(backend.asked)) == (1, 4)
 
 
+async def test_what_comes_too_late_is_given_up(category: Category) -> None:
+    """It is counted, not asked for again at once, and the rest goes on with fewer requests at a time."""
+    with serving(lambda asked: Answer(after=60) if asked.number < 6 else written(asked)) as backend:
+        records, unused = await gathered(category, Backend(backend.url, seconds=0.5), 20)
+    assert (len(records), unused) == (20, {"replies too late": 6})
+
+
+async def test_a_backend_that_is_always_late_is_told(category: Category) -> None:
+    """Each label is asked for as often as where replies bring nothing."""
+    with serving(lambda _: Answer(after=60)) as backend:
+        records, unused = await gathered(category, Backend(backend.url, seconds=0.1), 20)
+    assert (records, unused) == ([], {"replies too late": 10})
+
+
 async def test_a_failure_loses_nothing_that_was_there(category: Category) -> None:
     """What was gathered before the backend failed for good was kept."""
     records: list[Record] = []
@@ -169,6 +183,15 @@ async def test_a_backend_of_several_models_needs_a_name(category: Category) -> N
     assert {asked.body["model"] for asked in backend.asked} == {"two"}
 
 
+async def test_a_backend_that_cannot_list_its_models_needs_a_name(category: Category) -> None:
+    """As where `transformers serve` looks for them in a cache that is not there."""
+    with serving(written, models=None) as backend:
+        with pytest.raises(ConfigError, match="gave no list of models; name the one to ask"):
+            await gathered(category, Backend(backend.url, retries=0), 2)
+        records, _ = await gathered(category, Backend(backend.url, "one"), 2)
+    assert len(records) == 2
+
+
 @pytest.mark.parametrize(
     "url", ["localhost:8000/v1", "http://", "ftp://localhost/v1", "http://[::1/v1", "http://a:99999/", ""]
 )
@@ -180,7 +203,7 @@ async def test_a_url_has_a_scheme_and_a_host(category: Category, url: str) -> No
 @pytest.mark.parametrize(
     ("text", "problems"),
     [
-        ("title: [", ["1:9: not YAML: while parsing a flow node, expected the node content, but found '<stream end>'"]),
+        ("title: [", ["2:1: not YAML: while parsing a flow node, did not find expected node content"]),
         ("title: ''\n" + CATEGORY.partition("\n")[2], ["1:8: title: String should have at least 1 character"]),
         (CATEGORY + "language: [en]\n", ["6:1: language: Extra inputs are not permitted"]),
         (CATEGORY + "languages: [en, English]\n", ["6:17: languages[1]: String should match pattern "]),
