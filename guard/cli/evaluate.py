@@ -1,6 +1,7 @@
 """`guard evaluate`: what a model is worth on labelled rows, alone or beside another."""
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -87,12 +88,15 @@ def _show(description: str, tables: "Iterator[tuple[str, Table]]") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(markup=False, highlight=False, emoji=False)
+    # a file or a pipe is as wide as the tables are; on a narrow terminal cells break, and lose nothing
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 200
+    console = Console(markup=False, highlight=False, emoji=False, width=width)
     console.print(description)
     for heading, table in tables:
         shown = Table(*table.header, title=heading, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-        for column in shown.columns[1:]:
-            column.justify = "right"
+        for number, column in enumerate(shown.columns):
+            column.overflow = "fold"
+            column.justify = "right" if number else "left"
         for row in table.rows:
             shown.add_row(*row)
         console.print(shown)

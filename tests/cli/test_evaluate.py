@@ -29,6 +29,7 @@ async def test_what_is_measured_is_what_is_served(tmp_path: Path) -> None:
     headings = [line.strip() for line in result.out.splitlines()]
     assert headings.index("Side by side") < headings.index("Difference, all rows") < headings.index("by language")
     assert "rows.jsonl (20 unsafe of 40), table.csv (1 unsafe of 2)" in result.out
+    assert "…" not in result.out  # no figure is cut short
 
     found = json.loads((tmp_path / "out/evaluation.json").read_text())
     examples = [example for path in (rows, table) for example in read_examples(path)]
