@@ -272,6 +272,7 @@ class Engine:
 
 ENGINES = {
     "guard": Engine(partial(_guard, dtype="auto"), "guard"),
+    "guard int8": Engine(partial(_guard, dtype="int8"), "guard"),
     "guard bfloat16": Engine(partial(_guard, dtype="bfloat16"), "guard"),
     "guard float32": Engine(partial(_guard, dtype="float32"), "guard"),
 } | {
