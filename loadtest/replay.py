@@ -68,7 +68,8 @@ def main() -> None:
         actions = asyncio.run(judge(policies, options.verdicts))
         print(f"{actions.total():,} verdicts in {time.perf_counter() - started:.0f} s: {dict(actions)}")
         guard = Path(sys.executable).with_name("guard")
-        ends = [subprocess.run([guard, "policy", "replay", path, "--on", log]).returncode for path in policies]
+        command = (guard, "policy", "replay", "--on", log)
+        ends = [subprocess.run([*command, "--policy", path.stem, path]).returncode for path in policies]
         logged = len(log.read_text(encoding="utf-8").splitlines())
     print(f"{logged:,} of them logged")
     sys.exit(int(any(ends) or actions.total() != logged))
