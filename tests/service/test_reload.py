@@ -15,7 +15,7 @@ BROKEN = {
     "no policy": (policy(2), ":6:32: categories.unsafe.thresholds.user.block: expected a number from 0 to 1, found 2"),
     "half a file": (
         policy(STRICT)[:-3],
-        ":6:35: not YAML: while parsing a flow mapping, expected ',' or '}', but got '<stream end>'",
+        ":7:1: not YAML: while parsing a flow mapping, did not find expected ',' or '}'",
     ),
     "hazards that the model does not score": (
         policy(STRICT).replace("score: unsafe", "hazards: [S10]"),
