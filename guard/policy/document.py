@@ -153,9 +153,7 @@ class Document:
         if len(loc) >= MAX_DEPTH:
             raise self._refusal(place, f"expected at most {MAX_DEPTH} levels, found more")
         is_scalar = isinstance(event, ScalarEvent)
-        if (
-            is_scalar and event.start_mark.index == event.end_mark.index
-        ):  # nothing is there; its mark is of what follows
+        if is_scalar and event.start_mark.index == event.end_mark.index:  # nothing is there: the mark is the next one's
             place = self._places.get((*loc, KEY)) or self._places.get(loc[:-1], _START)
         self._places[loc] = place
         if event.anchor is not None:

@@ -65,7 +65,7 @@ class Writing:
             self.waiting_since = now
         self.text += self.characters.add(data)
 
-    def finish(self, now: float) -> None:
+    def finish(self) -> None:
         if not self.complete and not self.settled:
             self.text += self.characters.add(b"", final=True)
         self.complete = True
@@ -208,11 +208,11 @@ class Stream:
             self._is_over = step is None
             self._following = step.next if step is not None else None
             if writing.text or writing.complete or step is not None:
-                writing.finish(now)
+                writing.finish()
             else:  # nothing came after the opening, or after the turn before
                 writing.settled = True
         elif kind == "end":
-            writing.finish(now)
+            writing.finish()
         elif writing.complete and kind == "delta":
             raise InputError("delta", "the turn is complete")
         elif not writing.settled:
