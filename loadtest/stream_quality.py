@@ -49,7 +49,7 @@ async def watch(
     for place, character in enumerate(last.text, 1):
         writing.add(character.encode(), 0.0)
         if place == len(last.text):
-            writing.finish(0.0)
+            writing.finish()
         writing.release(opened, 0.0)
         if writing.due(0.0, settings) == 0:
             is_cut = writing.take(await verdict(place), place, 0.0, debounce, writing.complete)
