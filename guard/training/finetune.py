@@ -1,10 +1,12 @@
 """Fine-tunes a Llama with one linear head, read at the end token of the judged turn; resumable to the step."""
 
+import json
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from hashlib import sha256
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,16 @@ class Batch:
         tensors: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         del tensors["places"]
         return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A batch, and where it stands: at which place of which epoch of how many `batches`."""
+
+    batch: Batch
+    epoch: int
+    place: int
+    batches: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,6 +244,17 @@ def epoch(examples: Sequence[Example], tokenizer: ChatTokenizer, recipe: Recipe,
     return plan
 
 
+def read(
+    examples: Sequence[Example], tokenizer: ChatTokenizer, recipe: Recipe, number: int, place: int
+) -> Iterator[Reading]:
+    """One epoch after another without end, from a place within one on."""
+    while True:
+        plan = epoch(examples, tokenizer, recipe, number)
+        for later in range(place, len(plan)):
+            yield Reading(plan[later], number, later, len(plan))
+        number, place = number + 1, 0
+
+
 def finetune(
     model: TurnModel,
     examples: Sequence[Example],
@@ -255,24 +278,19 @@ def finetune(
     state = out / "state.safetensors"
     run = fingerprint(recipe, examples)
     steps = recipe.steps
-    step = restore(model, optimizer, state, run) if state.exists() else 0
-    number = recipe.first_epoch
-    plan = epoch(examples, tokenizer, recipe, number)
-    # A row counts the same in a batch of many short rows as in one of few long ones.
-    usual = sum(example.weight for example in examples) / len(plan)
+    step, *begin = restore(model, optimizer, state, run) if state.exists() else (0, recipe.first_epoch, 0)
+    weight = sum(example.weight for example in examples)
     model.train()
     device = next(model.parameters()).device
     losses: list[float] = []
     tokens, since = 0, time.monotonic()
-    while step < steps:
-        if recipe.first_epoch + step // len(plan) != number:
-            number = recipe.first_epoch + step // len(plan)
-            plan = epoch(examples, tokenizer, recipe, number)
-        batch = plan[step % len(plan)].to(device)
+    for reading in islice(read(examples, tokenizer, recipe, *begin), steps - step):
+        batch = reading.batch.to(device)
         rate = learning_rate(step, recipe)
         for group in optimizer.param_groups:
             group["lr"] = group["full"] * rate
-        losses.append(_step(model, optimizer, batch, recipe, usual))
+        # A row counts the same in a batch of many short rows as in one of few long ones.
+        losses.append(_step(model, optimizer, batch, recipe, usual=weight / reading.batches))
         tokens += batch.ids.numel() * processes.count()
         step += 1
         if step % report_every == 0 or step == steps:
@@ -281,7 +299,7 @@ def finetune(
             report(Progress(step, steps, sum(losses) / len(losses), rate, speed, left))
             losses, tokens, since = [], 0, time.monotonic()
         if processes.first() and (step % save_every == 0 or step == steps):
-            save(model, optimizer, state, step, run)
+            save(model, optimizer, state, (step, reading.epoch, reading.place + 1), run)
 
 
 def _groups(model: TurnModel, recipe: Recipe) -> list[dict[str, Any]]:
@@ -294,7 +312,7 @@ def _groups(model: TurnModel, recipe: Recipe) -> list[dict[str, Any]]:
     return [{"params": list(model.score.parameters()), "full": recipe.head_learning_rate}, norm, *blocks]
 
 
-def _step(model: TurnModel, optimizer: torch.optim.Optimizer, batch: Batch, recipe: Recipe, usual: float) -> float:
+def _step(model: TurnModel, optimizer: torch.optim.Optimizer, batch: Batch, recipe: Recipe, *, usual: float) -> float:
     """One update; returns the mean loss of a label, weighted."""
     optimizer.zero_grad()
     with torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
@@ -316,29 +334,33 @@ def fingerprint(recipe: Recipe, examples: Sequence[Example]) -> str:
     return digest.hexdigest()
 
 
-def save(model: TurnModel, optimizer: torch.optim.Optimizer, path: Path, step: int, run: str) -> None:
-    """Weights, the optimizer's moments and the step, in one file that appears whole or not at all."""
+# How many steps were taken, which epoch it is, and how many of its batches were read.
+_At = tuple[int, int, int]
+
+
+def save(model: TurnModel, optimizer: torch.optim.Optimizer, path: Path, at: _At, run: str) -> None:
+    """Weights, the optimizer's moments and how far it is, in one file that appears whole or not at all."""
     tensors = dict(model.state_dict())
     for name, parameter in model.named_parameters():
         for moment in ("exp_avg", "exp_avg_sq"):
             if moment in optimizer.state[parameter]:
                 tensors[f"{moment}:{name}"] = optimizer.state[parameter][moment]
     partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata={"step": str(step), "run": run})
+    save_file(tensors, partial, metadata={"at": json.dumps(at), "run": run})
     partial.replace(path)
 
 
-def restore(model: TurnModel, optimizer: torch.optim.Optimizer, path: Path, run: str) -> int:
-    """Puts weights and moments back, and says which step they had reached; raises ConfigError for another run's."""
+def restore(model: TurnModel, optimizer: torch.optim.Optimizer, path: Path, run: str) -> _At:
+    """Puts weights and moments back, and says how far they had come; raises ConfigError for another run's."""
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
         if metadata["run"] != run:
             raise ConfigError(f"{path}: is of a run by another recipe or on other rows")
-        step = int(metadata["step"])
+        step, number, place = json.loads(metadata["at"])
         model.load_state_dict({name: file.get_tensor(name) for name in model.state_dict()})
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 kept = {moment: file.get_tensor(f"{moment}:{name}") for moment in ("exp_avg", "exp_avg_sq")}
                 kept["step"] = torch.tensor(float(step))
                 optimizer.state[parameter] = {key: tensor.to(parameter.device) for key, tensor in kept.items()}
-    return step
+    return step, number, place

@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,10 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 
 from guard.model.chat import ChatTokenizer
-from guard.training.data import Example
-from guard.training.finetune import TurnModel, batches
+from guard.training.data import Example, Recipe
+from guard.training.finetune import Reading, TurnModel, batches, read
 from guard.types import Conversation, Role, Turn
-from tests.training.tiny import write_base
+from tests.training.tiny import RECIPE, write_base
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +72,20 @@ def test_a_conversation_is_read_within_the_one_it_begins(tokenizer: ChatTokenize
 
     assert tokens(labels) == tokens(labels[1:2])
     assert tokens([*labels, labels[1]]) == 2 * tokens(labels)
+
+
+def test_epochs_of_unlike_lengths_follow_one_another(tokenizer: ChatTokenizer) -> None:
+    """Each batch of each epoch is read once and in order, also from within a later epoch on."""
+    recipe = Recipe.model_validate(RECIPE | {"augmented": 0.9})
+    examples = [example("ab" * (n % 9 + 1)) for n in range(120)]
+
+    def stood(reading: Reading) -> tuple[int, int, int]:
+        return reading.epoch, reading.place, reading.batches
+
+    whole = [stood(reading) for reading in islice(read(examples, tokenizer, recipe, 0, 0), 60)]
+    sizes = {epoch: size for epoch, _, size in whole}
+    assert len(set(sizes.values())) > 1
+    assert whole == [(epoch, place, size) for epoch, size in sizes.items() for place in range(size)][:60]
+    last = len(sizes) - 2  # the last whole one
+    first = whole.index((last, 1, sizes[last]))
+    assert [stood(one) for one in islice(read(examples, tokenizer, recipe, last, 1), 60 - first)] == whole[first:]
