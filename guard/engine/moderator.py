@@ -292,7 +292,7 @@ def _verdict(
 
 def _warm_up(classifier: Classifier, max_batch_tokens: int) -> float:
     """Runs small to full batches, so that whatever is compiled or cached is; the tokens a second of a full one."""
-    conversation = Conversation((Turn(Role.USER, "warm up"),), 0)
+    conversation = Conversation((Turn(Role.USER, "warm up " * 30),), 0)  # as long as most are
     (tokens,) = classifier.tokenise(conversation)
     full = max(1, max_batch_tokens // len(tokens.ids))
     rows = 1

@@ -3,7 +3,7 @@
 import ctypes
 import importlib.util
 from collections.abc import Callable, Sequence
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Final, NamedTuple
 
 import torch
@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from guard.types import PAGE, Prefix
+from guard.model.graphs import Room, fitting
+from guard.types import PAGE
 
 
 class Scaled(NamedTuple):
@@ -28,17 +29,15 @@ Rows = Tensor | Scaled
 class Gathered(NamedTuple):
     """Keys and values of a pass in one packed row, those that are held and those that are new; int64, but for bounds.
 
-    `bounds`, int32, are those of sequences in that row, the longest of which has `longest` tokens. The rows of the pass
-    stand at `new`; what is held stands at `held`, and comes from pages and places in them; rows `kept` go into such.
+    `bounds`, int32, are those of sequences in that row. A token of it is `old`, and held in a page at a place, or it is
+    in a row of the pass. A row of the pass goes into a page at a place; those that go nowhere, into the pool's last.
     """
 
     bounds: Tensor
-    longest: int
-    new: Tensor
-    held: Tensor
+    old: Tensor  # bool
     held_pages: Tensor
     held_places: Tensor
-    kept: Tensor
+    rows: Tensor
     kept_pages: Tensor
     kept_places: Tensor
 
@@ -104,6 +103,14 @@ class TorchKernels:
         step = 16 if tokens <= 256 else 1 << ((tokens - 1).bit_length() - 4)  # at most an eighth is padding
         return -(-tokens // step) * step
 
+    def room(self, needed: Room) -> Room:
+        """What a pass is padded to."""
+        return needed._replace(
+            tokens=self.bucket(needed.tokens),
+            sequences=self.bucket(needed.sequences + 1) - 1,  # there is one bound more
+            reads=self.bucket(needed.reads),
+        )
+
     def add_rms_norm(self, x: Tensor, delta: Rows | None, weight: Tensor, eps: float, dtype: torch.dtype) -> Rows:
         """Adds `delta` to the float32 residual `x` [rows, hidden] in place, and returns its RMS norm in `dtype`."""
         if delta is not None:
@@ -128,18 +135,25 @@ class TorchKernels:
         """The type of keys and values in a model of `dtype`."""
         return torch.float32 if dtype == torch.int8 else dtype
 
-    def paging(self, pool: Tensor, prefixes: Sequence[Prefix], lengths: Sequence[int]) -> Paging:
-        """For sequences of which so much is held, and so many tokens are new."""
-        held, written, bounds, pages = (torch.tensor(values, dtype=torch.int32) for values in _tables(prefixes))
-        return Paging(pool, held, written, bounds, pages)
+    def paging(self, pool: Tensor, tables: Sequence[Tensor], bounds: Tensor, room: Room) -> Paging:
+        """From `tables`: held, written, bounds and pages of a Paging; `bounds` are those of the pass's rows."""
+        held, written, page_bounds, pages = tables
+        return Paging(pool, held, written, page_bounds, pages)
 
     def attention(
-        self, qkv: Tensor, bounds: Tensor, heads: int, kv_heads: int, paging: Paging | None = None, layer: int = 0
+        self,
+        qkv: Tensor,
+        bounds: Tensor,
+        longest: int,
+        heads: int,
+        kv_heads: int,
+        paging: Paging | None = None,
+        layer: int = 0,
     ) -> Tensor:
         """Causal attention within each sequence of a packed row, and what is held of it.
 
         `qkv` is [rows, (heads + 2 * kv_heads) * dim]; sequence s is rows bounds[s]:bounds[s + 1]; the result is
-        [rows, heads * dim].
+        [rows, heads * dim]. `longest` is a bound for rows of a sequence; where one has more, its result is anything.
         """
         q, kv = qkv.unflatten(1, (heads + 2 * kv_heads, -1)).split((heads, 2 * kv_heads), dim=1)
         out = torch.empty_like(q)
@@ -186,45 +200,34 @@ def span_of(width: int) -> int:
     return 0 if width % _LANES else width & -width
 
 
-def _tables(prefixes: Sequence[Prefix]) -> tuple[list[int], list[int], list[int], list[int]]:
-    """held, written, bounds and pages of a Paging."""
-    return (
-        [prefix.held for prefix in prefixes],
-        [prefix.written for prefix in prefixes],
-        [0, *accumulate(len(prefix.pages) for prefix in prefixes)],
-        [page for prefix in prefixes for page in prefix.pages],
-    )
+def _gathered(paging: Paging, bounds: Tensor, rows: int, held: int) -> Gathered:
+    """For so many rows of a pass, and room for so many tokens held; worked out on the device."""
+    before, written, page_bounds, own_pages = (table.long() for table in paging[1:5])
+    bounds = bounds.long()
+    bounds_k = bounds + torch.cat([before.new_zeros(1), before.cumsum(0)])
 
+    def at(bounds: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Which sequence each of so many tokens is of, the last where it is of none; and its place there."""
+        tokens = torch.arange(count, device=bounds.device)
+        sequences = torch.searchsorted(bounds[1:], tokens, right=True).clamp_max(len(bounds) - 2)
+        return sequences, tokens - bounds[sequences]
 
-def _gathered(prefixes: Sequence[Prefix], lengths: Sequence[int], device: torch.device) -> Gathered:
-    starts = [0, *accumulate(lengths)]
-    totals = [prefix.held + length for prefix, length in zip(prefixes, lengths, strict=True)]
-    bounds = [0, *accumulate(totals)]
-    new, held, kept = list[int](), list[int](), list[int]()
-    held_at, kept_at = list[tuple[int, int]](), list[tuple[int, int]]()  # pages, and places in them
-    for prefix, start, first, end in zip(prefixes, starts, bounds, bounds[1:], strict=False):
-        new += range(first + prefix.held, end)
-        held += range(first, first + prefix.held)
-        held_at += ((prefix.pages[i // PAGE], i % PAGE) for i in range(prefix.held))
-        to_pages = range(max(prefix.held, prefix.written), min(end - first, PAGE * len(prefix.pages)))
-        kept += (start + i - prefix.held for i in to_pages)
-        kept_at += ((prefix.pages[i // PAGE], i % PAGE) for i in to_pages)
+    def pages(of: Tensor, place: Tensor) -> Tensor:
+        return own_pages[(page_bounds[of] + place // PAGE).clamp_max(len(own_pages) - 1)]
 
-    def on_device(values: Sequence[int] | Sequence[tuple[int, int]]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
-
-    held_pages, held_places = on_device(held_at).view(-1, 2).unbind(1)
-    kept_pages, kept_places = on_device(kept_at).view(-1, 2).unbind(1)
+    of, place = at(bounds_k, rows + held)
+    row_of, row_place = at(bounds, rows)
+    row_place = row_place + before[row_of]
+    paged = PAGE * (page_bounds[row_of + 1] - page_bounds[row_of])
+    is_kept = (written[row_of] <= row_place) & (row_place < paged)
     return Gathered(
-        bounds=torch.tensor(bounds, dtype=torch.int32).to(device, non_blocking=True),
-        longest=max(totals),
-        new=on_device(new),
-        held=on_device(held),
-        held_pages=held_pages,
-        held_places=held_places,
-        kept=on_device(kept),
-        kept_pages=kept_pages,
-        kept_places=kept_places,
+        bounds=bounds_k.int(),
+        old=place < before[of],
+        held_pages=pages(of, place),
+        held_places=place % PAGE,
+        rows=(bounds[of] + place - before[of]).clamp(0, rows - 1),
+        kept_pages=torch.where(is_kept, pages(row_of, row_place), len(paging.pool) - 1),
+        kept_places=row_place % PAGE,
     )
 
 
@@ -232,12 +235,10 @@ def _gather(paging: Paging, layer: int, new: Tensor) -> Tensor:
     """Keys and values of all tokens, of which the `new` ones [tokens, 2 * heads, dim] are put into pages."""
     gathered = paging.gathered
     assert gathered is not None, "the pass is made ready for it"
-    rows = new.flatten(1)
-    paging.pool[gathered.kept_pages, layer, gathered.kept_places] = rows[gathered.kept]
-    out = rows.new_empty(len(gathered.new) + len(gathered.held), rows.shape[1])
-    out[gathered.new] = rows
-    out[gathered.held] = paging.pool[gathered.held_pages, layer, gathered.held_places]
-    return out.view(-1, *new.shape[1:])
+    rows, pool = new.flatten(1), paging.pool[:, layer]
+    pool[gathered.kept_pages, gathered.kept_places] = rows
+    held = pool[gathered.held_pages, gathered.held_places]
+    return torch.where(gathered.old[:, None], held, rows[gathered.rows]).view(-1, *new.shape[1:])
 
 
 def _extended(paging: Paging, sequence: int, layer: int, new: Tensor) -> Tensor:
@@ -279,23 +280,37 @@ class CudaKernels(TorchKernels):
         self, weight: Tensor, bias: Tensor | None, scales: Tensor | None = None, *, residual: bool = False
     ) -> Linear:
         assert scales is None, "products of integers are the CPU's"
-        return lambda x: F.linear(_floats(x), weight, bias)
+        if weight.dtype != torch.float32:
+            return lambda x: F.linear(_floats(x), weight, bias)
+        # A head's: in which order it is summed depends on the number of rows, and in float64 hardly shows.
+        weight, bias = weight.double(), None if bias is None else bias.double()
+        return lambda x: F.linear(_floats(x).double(), weight, bias).float()
+
+    def room(self, needed: Room) -> Room:
+        return fitting(needed) or super().room(needed)
+
+    def paging(self, pool: Tensor, tables: Sequence[Tensor], bounds: Tensor, room: Room) -> Paging:
+        paging = super().paging(pool, tables, bounds, room)
+        return paging._replace(gathered=_gathered(paging, bounds, room.tokens, room.held or 0))
 
     def attention(
-        self, qkv: Tensor, bounds: Tensor, heads: int, kv_heads: int, paging: Paging | None = None, layer: int = 0
+        self,
+        qkv: Tensor,
+        bounds: Tensor,
+        longest: int,
+        heads: int,
+        kv_heads: int,
+        paging: Paging | None = None,
+        layer: int = 0,
     ) -> Tensor:
         q, kv = qkv.unflatten(1, (heads + 2 * kv_heads, -1)).split((heads, 2 * kv_heads), dim=1)
-        longest = longest_k = len(qkv)  # a bound that needs no look at what is on the device
-        bounds_k = bounds
+        bounds_k, longest_k = bounds, longest
         if paging is not None and paging.gathered is not None:
-            kv, bounds_k, longest_k = _gather(paging, layer, kv), paging.gathered.bounds, paging.gathered.longest
+            kv, bounds_k = _gather(paging, layer, kv), paging.gathered.bounds
+            longest_k = len(kv)  # a bound that needs no look at what is on the device
         k, v = kv.chunk(2, dim=1)
         out: Tensor = self.varlen(q, k, v, bounds, bounds_k, longest, longest_k)
         return out.flatten(1)
-
-    def paging(self, pool: Tensor, prefixes: Sequence[Prefix], lengths: Sequence[int]) -> Paging:
-        paging = super().paging(pool, prefixes, lengths)
-        return paging._replace(gathered=_gathered(prefixes, lengths, pool.device))
 
     def varlen(
         self, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, bounds_k: Tensor, longest: int, longest_k: int
@@ -364,11 +379,18 @@ class NativeKernels(TorchKernels):
         return torch.bfloat16 if dtype == torch.int8 else dtype
 
     def attention(
-        self, qkv: Tensor, bounds: Tensor, heads: int, kv_heads: int, paging: Paging | None = None, layer: int = 0
+        self,
+        qkv: Tensor,
+        bounds: Tensor,
+        longest: int,
+        heads: int,
+        kv_heads: int,
+        paging: Paging | None = None,
+        layer: int = 0,
     ) -> Tensor:
         dim = qkv.shape[1] // (heads + 2 * kv_heads)
         if dim % 64:  # the width of the library's tiles
-            return super().attention(qkv, bounds, heads, kv_heads, paging, layer)
+            return super().attention(qkv, bounds, longest, heads, kv_heads, paging, layer)
         out = qkv.new_empty(len(qkv), heads * dim)
         pages: tuple[Tensor | int | None, ...] = (None, 0, None, None, None, None)
         if paging is not None:

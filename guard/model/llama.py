@@ -1,16 +1,19 @@
 """One packed forward pass of a Llama decoder, for every Hugging Face LlamaForCausalLM checkpoint."""
 
 import math
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain, islice, pairwise, repeat
+from functools import partial
+from itertools import accumulate, chain, islice, repeat
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from guard.errors import CheckpointError
-from guard.model.kernels import Linear, Paging, Rows, TorchKernels
+from guard.model.graphs import ROOMS, Recorder, Room
+from guard.model.kernels import Linear, Rows, TorchKernels
 from guard.types import PAGE, Prefix
 
 
@@ -130,6 +133,8 @@ class Llama:
         angles = torch.outer(torch.arange(config.max_positions, dtype=torch.float32), rope_frequencies(config))
         self._cos, self._sin = angles.cos().to(self.device), angles.sin().to(self.device)
         self._pool: Tensor | None = None
+        self._recorded = dict[Room, Callable[[Tensor], Tensor]]()
+        self._record()
 
     @property
     def page_bytes(self) -> int:
@@ -141,8 +146,10 @@ class Llama:
     def reserve(self, pages: int) -> None:
         """Makes so many pages for keys and values; on the CPU their memory is taken as they are written to."""
         config = self.config
-        shape = (pages, config.layers, PAGE, 2 * config.kv_heads * config.head_dim)
+        # One more is for what is not kept.
+        shape = (pages + 1, config.layers, PAGE, 2 * config.kv_heads * config.head_dim)
         self._pool = torch.empty(shape, dtype=self._kernels.paged_type(self.dtype), device=self.device)
+        self._record()
 
     def copy(self, source: int, target: int, tokens: int) -> None:
         """What a page holds of its first so many tokens, into another page."""
@@ -164,33 +171,41 @@ class Llama:
         by default nothing; no position that is held can be read.
         The sequences stand in one row without padding between them; only the end of the row is padded to a bucket.
         """
-        starts = [prefix.held for prefix in prefixes] or [0] * len(sequences)
+        is_paged = self._pool is not None and any(prefix.pages for prefix in prefixes)
+        prefixes = prefixes or [Prefix()] * len(sequences)
+        starts = [prefix.held for prefix in prefixes]
         lengths = [len(sequence) - start for sequence, start in zip(sequences, starts, strict=True)]
-        rows = self._kernels.bucket(sum(lengths))
-        padding = rows - sum(lengths)  # read as one more sequence
-        ids = list(chain.from_iterable(map(islice, sequences, starts, repeat(None)))) + [0] * padding
-        ends = map(len, sequences)
-        positions = list(chain.from_iterable(map(range, starts, ends))) + [0] * padding
-        bounds = [0, *accumulate((*lengths, padding))]
-        wanted = [bounds[i] + position - starts[i] for i, row in enumerate(reads) for position in row]
-        count = len(wanted)
-        wanted += [0] * (self._kernels.bucket(count) - count)
-        bounds += [rows] * (self._kernels.bucket(len(bounds)) - len(bounds))  # sequences without tokens
+        needed = Room(
+            tokens=sum(lengths),
+            sequences=len(sequences) + 1,  # padding is read as one more
+            reads=sum(map(len, reads)),
+            longest=max(lengths, default=0),
+            held=sum(starts) if is_paged else None,
+        )
+        room = self._kernels.room(needed)
+        inputs = _packed(sequences, reads, prefixes, room)
+        replay = self._recorded.get(room)
+        out = replay(inputs) if replay else self._blocks(inputs.to(self.device), room)
+        return out[: needed.reads, :columns].cpu()
 
-        def on_device(values: list[int]) -> Tensor:
-            return torch.tensor(values, dtype=torch.int32).to(self.device, non_blocking=True)
+    @torch.inference_mode()
+    def _record(self) -> None:
+        """Records the passes for which there is room, so that none is when it is waited for."""
+        if self.device.type != "cuda":
+            return
+        recorder = Recorder(self.device)
+        for room in reversed(ROOMS):  # the largest first, so that the others share its memory
+            if (room.held is None) == (self._pool is None):
+                self._recorded[room] = recorder.record(partial(self._blocks, room=room), _packed([], [], [], room))
 
-        paging = None
-        if self._pool is not None and any(prefix.pages for prefix in prefixes):
-            unpaged = [Prefix()] * (len(bounds) - 1 - len(prefixes))
-            counts = [end - start for start, end in pairwise(bounds)]
-            paging = self._kernels.paging(self._pool, [*prefixes, *unpaged], counts)
-        out = self._blocks(on_device(ids), on_device(positions), on_device(bounds), on_device(wanted), paging)
-        return out[:count, :columns].cpu()
-
-    def _blocks(self, ids: Tensor, positions: Tensor, bounds: Tensor, wanted: Tensor, paging: Paging | None) -> Tensor:
-        """ids, positions [T], bounds [S + 1], wanted [R], all int32 -> float32 [R, ...]."""
+    def _blocks(self, inputs: Tensor, room: Room) -> Tensor:
+        """`inputs`, int32, are `_packed` -> float32 [R, ...]."""
         kernels, config = self._kernels, self.config
+        ids, positions, bounds, wanted, *paged = inputs.split(_sizes(room))
+        paging = None
+        if paged:
+            assert self._pool is not None, "pages are reserved before they are used"
+            paging = kernels.paging(self._pool, paged, bounds, room)
         x = self._embedding[ids].float()  # [T, hidden], the residual stream
         if self._embedding_scale is not None:
             x *= self._embedding_scale[ids, None]
@@ -198,7 +213,7 @@ class Llama:
         for i, layer in enumerate(self._layers):
             qkv = layer.qkv(kernels.add_rms_norm(x, delta, layer.attention_norm, config.eps, self.dtype))
             qkv = kernels.rope(qkv, positions, self._cos, self._sin, config.heads + config.kv_heads)
-            context = kernels.attention(qkv, bounds, config.heads, config.kv_heads, paging, i)
+            context = kernels.attention(qkv, bounds, room.longest, config.heads, config.kv_heads, paging, i)
             if i + 1 == config.layers:  # no later layer looks at the other tokens
                 x, context = x[wanted], context[wanted]
             gate_up = layer.gate_up(kernels.add_rms_norm(x, layer.out(context), layer.mlp_norm, config.eps, self.dtype))
@@ -207,3 +222,47 @@ class Llama:
         out = self._head(hidden) if self._head else hidden
         assert isinstance(out, Tensor), "float32 stays float32"
         return out
+
+
+def _sizes(room: Room) -> list[int]:
+    """How long each table is in `_packed`."""
+    sizes = [room.tokens, room.tokens, room.sequences + 1, room.reads]
+    if room.held is not None:
+        pages = room.sequences + (room.tokens + room.held) // PAGE  # the last of each sequence may be begun
+        sizes += [room.sequences, room.sequences, room.sequences + 1, pages]
+    return sizes
+
+
+def _packed(
+    sequences: Sequence[Sequence[int]], reads: Sequence[Sequence[int]], prefixes: Sequence[Prefix], room: Room
+) -> Tensor:
+    """What a pass is given, in one row: ids and positions of tokens, bounds of sequences, which tokens to read.
+
+    Then, where it has pages, the tables of a Paging. Each is padded to the room.
+    """
+    starts, ends = [prefix.held for prefix in prefixes], list(map(len, sequences))
+    bounds = [0, *accumulate(end - start for start, end in zip(starts, ends, strict=True))]
+    # None is longer than what Paging needs: pages beyond a sequence's end are not used.
+    pages = [prefix.pages[: -(-end // PAGE)] for prefix, end in zip(prefixes, ends, strict=True)]
+    tables = [
+        chain.from_iterable(map(islice, sequences, starts, repeat(None))),
+        chain.from_iterable(map(range, starts, ends)),
+        bounds,
+        (
+            first + position - start
+            for row, first, start in zip(reads, bounds, starts, strict=False)
+            for position in row
+        ),
+        starts,
+        (prefix.written for prefix in prefixes),
+        accumulate(map(len, pages), initial=0),
+        chain.from_iterable(pages),
+    ]
+    padding = [0, 0, room.tokens, 0, 0, 0, sum(map(len, pages)), 0]
+    row = array("i")
+    end = 0
+    for table, size, value in zip(tables, _sizes(room), padding, strict=False):
+        end += size
+        row.extend(table)
+        row.extend(repeat(value, end - len(row)))
+    return torch.frombuffer(row, dtype=torch.int32)
