@@ -29,7 +29,7 @@ class Paged(Protocol):
 
     def reserve(self, pages: int) -> None: ...
 
-    def copy(self, source: int, target: int, tokens: int) -> None: ...
+    def copy(self, source: int, target: int) -> None: ...
 
     def score(self, batch: Sequence[Tokens], prefixes: Sequence[Prefix]) -> list[tuple[Scores, ...]]: ...
 
@@ -134,7 +134,7 @@ class PrefixCache:
             return node.page
         page = self._page() if common > _LOSS else None
         if page is not None:
-            self._model.copy(node.page, page, common)
+            self._model.copy(node.page, page)
         return page
 
     def _give_back(self, lease: _Lease, ids: _Ids, is_read: bool) -> None:

@@ -45,9 +45,9 @@ class Gathered(NamedTuple):
 class Paging(NamedTuple):
     """The pages of keys and values that a pass reads and writes; int32, all but the pool.
 
-    `pool` is [pages, layers, PAGE, 2 * kv_heads * dim], a row having the keys of all heads, then the values. Sequence s
-    has pages[bounds[s]:bounds[s + 1]]; its first held[s] tokens are no rows of the pass, those from written[s] on go
-    into pages.
+    `pool` is [pages, layers, PAGE, 2 * kv_heads * dim], a row having the keys of all heads, then the values; native
+    kernels lay out what a layer has in a page as their products take it. Sequence s has pages[bounds[s]:bounds[s + 1]];
+    its first held[s] tokens are no rows of the pass, those from written[s] on go into pages.
     """
 
     pool: Tensor
@@ -348,7 +348,7 @@ class NativeKernels(TorchKernels):
         return None
 
     def _call(self, function: str, dtype: torch.dtype, *arguments: Tensor | int | float | None) -> None:
-        self._library[f"guard_{function}_{_SUFFIXES[dtype]}"](*map(_as_c, arguments))
+        getattr(self._library, f"guard_{function}_{_SUFFIXES[dtype]}")(*map(_as_c, arguments))
 
     def quantise(self, x: Tensor) -> Scaled:
         out = _integers(*x.shape)

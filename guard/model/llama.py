@@ -151,10 +151,10 @@ class Llama:
         self._pool = torch.empty(shape, dtype=self._kernels.paged_type(self.dtype), device=self.device)
         self._record()
 
-    def copy(self, source: int, target: int, tokens: int) -> None:
-        """What a page holds of its first so many tokens, into another page."""
+    def copy(self, source: int, target: int) -> None:
+        """What a page holds, into another page."""
         assert self._pool is not None, "pages are reserved before they are used"
-        self._pool[target, :, :tokens] = self._pool[source, :, :tokens]
+        self._pool[target] = self._pool[source]
 
     @torch.inference_mode()
     def read(

@@ -71,9 +71,9 @@ class TurnClassifier:
         """Makes so many pages of keys and values, for `score` to keep what it reads in."""
         self._llama.reserve(pages)
 
-    def copy(self, source: int, target: int, tokens: int) -> None:
-        """What a page holds of its first so many tokens, into another page."""
-        self._llama.copy(source, target, tokens)
+    def copy(self, source: int, target: int) -> None:
+        """What a page holds, into another page."""
+        self._llama.copy(source, target)
 
     def score(self, batch: Sequence[Tokens], prefixes: Sequence[Prefix] = ()) -> list[tuple[Scores, ...]]:
         """Scores for each span of each element, in one pass; raises ModelFailed where a score is not a number.

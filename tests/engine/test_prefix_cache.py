@@ -30,8 +30,8 @@ class PagedModel:
     def reserve(self, pages: int) -> None:
         self._pages = [[-1] * PAGE for _ in range(pages)]
 
-    def copy(self, source: int, target: int, tokens: int) -> None:
-        self._pages[target][:tokens] = self._pages[source][:tokens]
+    def copy(self, source: int, target: int) -> None:
+        self._pages[target] = list(self._pages[source])
 
     def score(self, batch: Sequence[Tokens], prefixes: Sequence[Prefix]) -> list[tuple[Scores, ...]]:
         self.read = 0

@@ -233,7 +233,7 @@ def test_a_page_that_is_written_stays_as_it_is() -> None:
     ids = random_ids(100, seed=2)
     whole = model.read([ids], [[99]], prefixes=[Prefix(0, 0, (0, 1))])
     assert torch.equal(model.read([ids], [[99]], prefixes=[Prefix(99, 100, (0, 1))]), whole)
-    model.copy(1, 2, 20)
+    model.copy(1, 2)
     assert torch.equal(model.read([ids], [[99]], prefixes=[Prefix(64 + 20, 64 + 20, (0, 2))]), whole)
 
 

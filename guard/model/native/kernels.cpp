@@ -9,6 +9,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
+#include <utility>
 #include <vector>
 
 #if defined(__AVX512F__)
@@ -31,9 +33,17 @@ constexpr int kPanel = 2;    // 2 * 6 accumulators + 3 operands of 16 registers
 constexpr int kRows = 6;     // rows in a tile
 constexpr int kBlock = 64;   // keys, and query positions, in a block of attention
 
-typedef float vec __attribute__((vector_size(kLanes * sizeof(float)), aligned(4), may_alias));
-
 struct bf16 { uint16_t bits; };
+
+// Whether a block of attention has its values transposed, for tiles of bfloat16, or its keys.
+template <typename T>
+constexpr bool kKeysInRows = false;
+#if defined(__AMX_BF16__)
+template <>
+constexpr bool kKeysInRows<bf16> = true;
+#endif
+
+typedef float vec __attribute__((vector_size(kLanes * sizeof(float)), aligned(4), may_alias));
 
 inline float load(float x) { return x; }
 inline float load(bf16 x) {
@@ -270,9 +280,9 @@ void rope(T* qkv, const float* scales, const int32_t* positions, const float* co
   }
 }
 
-// Keys and values that stay from pass to pass, in pages of kBlock tokens; a row has the keys of all heads, then the
-// values. Sequence s has pages[bounds[s]:bounds[s + 1]], in order. Its first held[s] tokens were read before and are no
-// rows of this pass; those from written[s] on are still to be put into their pages.
+// Keys and values that stay from pass to pass, in pages of kBlock tokens; a page has a block of each key head. Sequence
+// s has pages[bounds[s]:bounds[s + 1]], in order. Its first held[s] tokens were read before and are no rows of this
+// pass; those from written[s] on are still to be put into their pages.
 template <typename T>
 struct Paging {
   T* layer;        // where this layer begins in the first page
@@ -280,47 +290,86 @@ struct Paging {
   const int32_t *held, *written, *bounds, *pages;
 };
 
-// Rows of the sequence's token 0 (it may lie before the first row), first query position, how many, key head; pages.
-struct Work {
-  int32_t origin, query, queries, head;
+// A sequence: the row of its token 0 (it may lie before the first row), how many tokens it has; the pages of its first
+// blocks, how many, and where the others stand, with what stays for this pass alone.
+template <typename T>
+struct Sequence {
+  int32_t origin, length;
   const int32_t* pages;
-  int32_t count;
+  int32_t paged;
+  T* loose;
 };
 
-// Where keys and values of some tokens of a sequence stand: in a page, or else in rows of this pass.
+// Queries of a sequence that share a key head: the first one's position, and how many.
 template <typename T>
-struct Block {
-  const T *keys, *values;
-  int64_t stride;
-  Block(const Work& work, const T* qkv, const Paging<T>& paging, int begin, int heads, int kv_heads, int dim) {
-    if (begin / kBlock < work.count) {
-      stride = 2 * kv_heads * dim;
-      keys = paging.layer + work.pages[begin / kBlock] * paging.stride + work.head * dim;
-    } else {
-      stride = (heads + 2 * kv_heads) * dim;
-      keys = qkv + (static_cast<int64_t>(work.origin) + begin) * stride + (heads + work.head) * dim;
-    }
-    values = keys + kv_heads * dim;
-  }
+struct Work {
+  Sequence<T> sequence;
+  int32_t query, queries, head;
 };
+
+// What new tokens [begin, end) of a sequence put into the block that they lie in.
+template <typename T>
+struct Move {
+  Sequence<T> sequence;
+  int32_t begin, end, head;
+};
+
+// The block of a key head, with the tokens from `begin` on: keys, then values, both [kBlock, dim], one of them
+// transposed, so that products take both as they stand.
+template <typename T>
+T* block(const Sequence<T>& sequence, const Paging<T>& paging, int begin, int head, int kv_heads, int dim) {
+  const int64_t place = begin / kBlock, size = 2 * kBlock * dim;
+  T* blocks = place < sequence.paged ? paging.layer + sequence.pages[place] * paging.stride
+                                     : sequence.loose + (place - sequence.paged) * kv_heads * size;
+  return blocks + head * size;
+}
+
+// Where a sequence ends, values are zeros to the end of the block: what no query sees is multiplied by 0 all the same.
+template <typename T>
+void pack(const Move<T>& move, const T* qkv, const Paging<T>& paging, int heads, int kv_heads, int dim) {
+  const int64_t stride = (heads + 2 * kv_heads) * dim;
+  const int first = move.begin % kBlock, count = move.end - move.begin;
+  const int zeros = move.end == move.sequence.length ? kBlock - first - count : 0;
+  const T* keys = qkv + (static_cast<int64_t>(move.sequence.origin) + move.begin) * stride + (heads + move.head) * dim;
+  const T* values = keys + kv_heads * dim;
+  T* to = block(move.sequence, paging, move.begin, move.head, kv_heads, dim);
+  T *rows = to + first * dim, *columns = to + kBlock * dim + first;  // of keys, and of values
+  if (!kKeysInRows<T>) {
+    std::swap(keys, values);
+    rows = to + (kBlock + first) * dim, columns = to + first;
+  }
+  for (int k = 0; k < count; ++k) std::memcpy(rows + k * dim, keys + k * stride, dim * sizeof(T));
+  std::memset(rows + count * dim, 0, zeros * dim * sizeof(T));
+  for (int d = 0; d < dim; ++d) {
+    for (int k = 0; k < count; ++k) columns[d * kBlock + k] = values[k * stride + d];
+    std::memset(columns + d * kBlock + count, 0, zeros * sizeof(T));
+  }
+}
+
+// A block in float32; `to` is for one that is not.
+inline const float* widened(const float* from, float*, int) { return from; }
+inline const float* widened(const bf16* from, float* to, int size) {
+  for (int i = 0; i < size; ++i) to[i] = load(from[i]);
+  return to;
+}
 
 // Online softmax over blocks of keys (Milakov & Gimelshein 2018; FlashAttention, Dao 2022). A block holds the query
 // heads that share a key head, so that keys are read once for all of them.
 template <typename T>
-void attend(const Work& work, const T* qkv, const Paging<T>& paging, T* out, int group, int heads, int kv_heads, int dim,
-            float* scratch) {
+void attend(const Work<T>& work, const T* qkv, const Paging<T>& paging, T* out, int group, int heads, int kv_heads,
+            int dim, float* scratch) {
   const int stride = (heads + 2 * kv_heads) * dim, rows = work.queries * group;
   float* q = scratch;                    // [rows, dim], scaled
   float* scores = q + rows * dim;        // [rows, kBlock]
   float* acc = scores + rows * kBlock;   // [rows, dim]
-  float* keys = acc + rows * dim;        // [dim, kBlock], transposed
-  float* values = keys + dim * kBlock;   // [kBlock, dim]
-  float* top = values + kBlock * dim;    // [rows], running maximum
+  float* top = acc + rows * dim;         // [rows], running maximum
   float* mass = top + rows;              // [rows], running sum
+  float* wide = mass + rows;             // a block
   const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
 
   for (int i = 0; i < rows; ++i) {
-    const T* from = qkv + (static_cast<int64_t>(work.origin) + work.query + i / group) * stride + (work.head * group + i % group) * dim;
+    const T* from = qkv + (static_cast<int64_t>(work.sequence.origin) + work.query + i / group) * stride +
+                    (work.head * group + i % group) * dim;
     for (int d = 0; d < dim; ++d) q[i * dim + d] = load(from[d]) * scale;
     top[i] = -INFINITY;
     mass[i] = 0;
@@ -329,15 +378,9 @@ void attend(const Work& work, const T* qkv, const Paging<T>& paging, T* out, int
 
   const int last = work.query + work.queries;  // keys that any of these queries may see
   for (int begin = 0; begin < last; begin += kBlock) {
-    const int count = std::min(kBlock, last - begin);
-    const Block<T> block(work, qkv, paging, begin, heads, kv_heads, dim);
-    for (int k = 0; k < kBlock; ++k) {
-      const T *key = block.keys + k * block.stride, *value = block.values + k * block.stride;
-      for (int d = 0; d < dim; ++d) {
-        keys[d * kBlock + k] = k < count ? load(key[d]) : 0.0f;
-        values[k * dim + d] = k < count ? load(value[d]) : 0.0f;
-      }
-    }
+    const T* from = block(work.sequence, paging, begin, work.head, kv_heads, dim);
+    const float* keys = widened(from, wide, 2 * kBlock * dim);  // [dim, kBlock]
+    const float* values = keys + kBlock * dim;                  // [kBlock, dim]
     std::fill(scores, scores + rows * kBlock, 0.0f);
     product(q, dim, keys, kBlock, scores, kBlock, rows, kBlock, dim);
     for (int i = 0; i < rows; ++i) {
@@ -366,7 +409,8 @@ void attend(const Work& work, const T* qkv, const Paging<T>& paging, T* out, int
     product(scores, kBlock, values, dim, acc, dim, rows, dim, kBlock);
   }
   for (int i = 0; i < rows; ++i) {
-    T* to = out + (static_cast<int64_t>(work.origin) + work.query + i / group) * heads * dim + (work.head * group + i % group) * dim;
+    T* to = out + (static_cast<int64_t>(work.sequence.origin) + work.query + i / group) * heads * dim +
+            (work.head * group + i % group) * dim;
     const float inverse = 1.0f / mass[i];
     for (int d = 0; d < dim; ++d) store(to + d, acc[i * dim + d] * inverse);
   }
@@ -425,21 +469,21 @@ inline __m512i pairs(__m256i a, __m256i b) {
 
 // The same on tiles of bfloat16. Scores and results stand transposed, with a query in each lane, so that the softmax
 // goes down the rows; keys ahead of a query count nothing, which leaves every sum to the bit as it would be without.
-void attend(const Work& work, const bf16* qkv, const Paging<bf16>& paging, bf16* out, int group, int heads, int kv_heads,
-            int dim, float* scratch) {
+void attend(const Work<bf16>& work, const bf16* qkv, const Paging<bf16>& paging, bf16* out, int group, int heads,
+            int kv_heads, int dim, float* scratch) {
   const int stride = (heads + 2 * kv_heads) * dim, rows = work.queries * group;
   const int width = (rows + kTile - 1) / kTile * kTile;
   uint32_t* q = reinterpret_cast<uint32_t*>(scratch);        // [dim / 2, width], pairs of dimensions
   float* acc = scratch + dim / 2 * width;                    // [dim, width]
   float* top = acc + dim * width;                            // [width], running maximum
   float* mass = top + width;                                 // [width], running sum
-  uint16_t* keys = reinterpret_cast<uint16_t*>(mass + width);                   // [kBlock, dim]
-  uint32_t* values = reinterpret_cast<uint32_t*>(keys + kBlock * dim);          // [dim, kBlock / 2], pairs of keys
-  float* scores = reinterpret_cast<float*>(values + dim * kBlock / 2);          // [kBlock, kTile]
-  uint32_t* shares = reinterpret_cast<uint32_t*>(scores + kBlock * kTile);      // [kBlock / 2, kTile], pairs of keys
+  float* scores = mass + width;              // [kBlock, kTile]
+  uint32_t* shares = reinterpret_cast<uint32_t*>(scores + kBlock * kTile);  // [kBlock / 2, kTile], pairs of keys
   const __m512 scale = _mm512_set1_ps(1.44269504f / std::sqrt(static_cast<float>(dim)));
+  static_assert(kBlock == 4 * kTile, "blocks are two pairs of tiles");
   const auto query = [&](int i) {
-    return qkv + (static_cast<int64_t>(work.origin) + work.query + i / group) * stride + (work.head * group + i % group) * dim;
+    return qkv + (static_cast<int64_t>(work.sequence.origin) + work.query + i / group) * stride +
+           (work.head * group + i % group) * dim;
   };
 
   for (int d = 0; d < dim; d += 2 * kTile)
@@ -457,77 +501,87 @@ void attend(const Work& work, const bf16* qkv, const Paging<bf16>& paging, bf16*
   for (int begin = 0; begin < last; begin += kBlock) {
     const int count = std::min(kBlock, last - begin);
     const int used = (count + 2 * kTile - 1) / (2 * kTile) * 2 * kTile;
-    const Block<bf16> from(work, qkv, paging, begin, heads, kv_heads, dim);
-    for (int k = 0; k < used; ++k) {
-      if (k < count)
-        std::memcpy(keys + k * dim, from.keys + k * from.stride, dim * sizeof(bf16));
-      else
-        std::memset(keys + k * dim, 0, dim * sizeof(bf16));
-    }
-    for (int k = 0; k < used; k += 2 * kTile)
-      for (int d = 0; d < dim; d += kTile) {
-        const auto row = [&](int at) {
-          return at < count ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from.values + at * from.stride + d))
-                            : _mm256_setzero_si256();
-        };
-        __m512i block[kTile];
-        for (int i = 0; i < kTile; ++i) block[i] = pairs(row(k + 2 * i), row(k + 2 * i + 1));
-        transpose(block);
-        for (int i = 0; i < kTile; ++i) _mm512_storeu_si512(values + (d + i) * (kBlock / 2) + k / 2, block[i]);
-      }
+    const bf16* keys = block(work.sequence, paging, begin, work.head, kv_heads, dim);  // [kBlock, dim]
+    const bf16* values = keys + kBlock * dim;                                          // [dim, kBlock]
 
     for (int j = 0; j < width; j += kTile) {
       asm volatile("" ::: "memory");  // loads of tiles do not tell the compiler what they read
-      for (int k = 0; k < used; k += kTile) {
-        _tile_zero(0);
-        for (int d = 0; d < dim; d += 2 * kTile) {
-          _tile_loadd(1, keys + k * dim + d, dim * sizeof(bf16));
-          _tile_loadd(2, q + d / 2 * width + j, width * sizeof(uint32_t));
-          _tile_dpbf16ps(0, 1, 2);
-        }
-        _tile_stored(0, scores + k * kTile, kTile * sizeof(float));
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+      for (int d = 0; d < dim; d += 2 * kTile) {
+        const bf16* key = keys + d;
+        _tile_loadd(4, q + d / 2 * width + j, width * sizeof(uint32_t));
+        _tile_loadd(5, key, dim * sizeof(bf16));
+        _tile_loadd(6, key + kTile * dim, dim * sizeof(bf16));
+        _tile_dpbf16ps(0, 5, 4);
+        _tile_dpbf16ps(1, 6, 4);
+        if (used < kBlock) continue;
+        _tile_loadd(5, key + 2 * kTile * dim, dim * sizeof(bf16));
+        _tile_loadd(6, key + 3 * kTile * dim, dim * sizeof(bf16));
+        _tile_dpbf16ps(2, 5, 4);
+        _tile_dpbf16ps(3, 6, 4);
       }
+      _tile_stored(0, scores, kTile * sizeof(float));
+      _tile_stored(1, scores + kTile * kTile, kTile * sizeof(float));
+      _tile_stored(2, scores + 2 * kTile * kTile, kTile * sizeof(float));
+      _tile_stored(3, scores + 3 * kTile * kTile, kTile * sizeof(float));
       int seen[kTile];  // the keys of this block that a query sees
       for (int i = 0; i < kTile; ++i) seen[i] = work.query + (j + i) / group + 1 - begin;
       const __m512i visible = _mm512_loadu_si512(seen);
-      const auto see = [&](int k) { return _mm512_cmpgt_epi32_mask(visible, _mm512_set1_epi32(k)); };
+      const bool all = seen[0] >= kBlock;
+      const auto see = [&](int k) { return all ? 0xffff : _mm512_cmpgt_epi32_mask(visible, _mm512_set1_epi32(k)); };
+      const auto score = [&](int k) { return _mm512_loadu_ps(scores + k * kTile); };
       const __m512 before = _mm512_loadu_ps(top + j);
-      __m512 highest = before;
-      for (int k = 0; k < used; ++k) {
-        const __m512 score = _mm512_mul_ps(_mm512_loadu_ps(scores + k * kTile), scale);
-        _mm512_storeu_ps(scores + k * kTile, score);
-        highest = _mm512_mask_max_ps(highest, see(k), highest, score);
-      }
+      __m512 most[2] = {_mm512_set1_ps(-INFINITY), _mm512_set1_ps(-INFINITY)};  // two, which wait less for each other
+      for (int k = 0; k < used; k += 2)
+        for (int i = 0; i < 2; ++i) most[i] = _mm512_mask_max_ps(most[i], see(k + i), most[i], score(k + i));
+      const __m512 highest = _mm512_max_ps(before, _mm512_mul_ps(_mm512_max_ps(most[0], most[1]), scale));
       const auto share = [&](int k) {
-        return _mm512_maskz_mov_ps(see(k), exp2_nonpositive(_mm512_sub_ps(_mm512_loadu_ps(scores + k * kTile), highest)));
+        return _mm512_maskz_mov_ps(see(k), exp2_nonpositive(_mm512_fmsub_ps(score(k), scale, highest)));
       };
-      __m512 sum = _mm512_setzero_ps();
+      __m512 sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
       for (int k = 0; k < used; k += 2) {
         const __m512 a = share(k), b = share(k + 1);
-        sum = _mm512_add_ps(_mm512_add_ps(sum, a), b);
+        sum[0] = _mm512_add_ps(sum[0], a);
+        sum[1] = _mm512_add_ps(sum[1], b);
         const __m512i both = pairs((__m256i)_mm512_cvtneps_pbh(a), (__m256i)_mm512_cvtneps_pbh(b));
         _mm512_storeu_si512(shares + k / 2 * kTile, both);
       }
       const __m512 shrink = exp2_nonpositive(_mm512_sub_ps(before, highest));
+      const bool shrinks = _mm512_cmp_ps_mask(before, highest, _CMP_NEQ_UQ);
       _mm512_storeu_ps(top + j, highest);
-      _mm512_storeu_ps(mass + j, _mm512_fmadd_ps(_mm512_loadu_ps(mass + j), shrink, sum));
+      _mm512_storeu_ps(mass + j, _mm512_fmadd_ps(_mm512_loadu_ps(mass + j), shrink, _mm512_add_ps(sum[0], sum[1])));
+      if (begin > 0 && shrinks)
+        for (int d = 0; d < dim; ++d) {
+          float* row = acc + d * width + j;
+          _mm512_storeu_ps(row, _mm512_mul_ps(_mm512_loadu_ps(row), shrink));
+        }
       asm volatile("" ::: "memory");
-      for (int d = 0; d < dim; d += kTile) {
+      _tile_loadd(4, shares, kTile * sizeof(uint32_t));
+      _tile_loadd(5, shares + kTile * kTile, kTile * sizeof(uint32_t));
+      for (int d = 0; d < dim; d += 2 * kTile) {
+        const bf16 *low = values + d * kBlock, *high = low + kTile * kBlock;
+        float *out_low = acc + d * width + j, *out_high = out_low + kTile * width;
         _tile_zero(0);
+        _tile_zero(1);
         if (begin > 0) {
-          for (int i = 0; i < kTile; ++i) {
-            float* row = acc + (d + i) * width + j;
-            _mm512_storeu_ps(row, _mm512_mul_ps(_mm512_loadu_ps(row), shrink));
-          }
-          asm volatile("" ::: "memory");
-          _tile_loadd(0, acc + d * width + j, width * sizeof(float));
+          _tile_loadd(0, out_low, width * sizeof(float));
+          _tile_loadd(1, out_high, width * sizeof(float));
         }
-        for (int k = 0; k < used; k += 2 * kTile) {
-          _tile_loadd(1, values + d * (kBlock / 2) + k / 2, kBlock / 2 * sizeof(uint32_t));
-          _tile_loadd(2, shares + k / 2 * kTile, kTile * sizeof(uint32_t));
-          _tile_dpbf16ps(0, 1, 2);
+        _tile_loadd(2, low, kBlock * sizeof(bf16));
+        _tile_loadd(3, high, kBlock * sizeof(bf16));
+        _tile_dpbf16ps(0, 2, 4);
+        _tile_dpbf16ps(1, 3, 4);
+        if (used == kBlock) {
+          _tile_loadd(6, low + 2 * kTile, kBlock * sizeof(bf16));
+          _tile_loadd(7, high + 2 * kTile, kBlock * sizeof(bf16));
+          _tile_dpbf16ps(0, 6, 5);
+          _tile_dpbf16ps(1, 7, 5);
         }
-        _tile_stored(0, acc + d * width + j, width * sizeof(float));
+        _tile_stored(0, out_low, width * sizeof(float));
+        _tile_stored(1, out_high, width * sizeof(float));
       }
     }
   }
@@ -540,7 +594,7 @@ void attend(const Work& work, const bf16* qkv, const Paging<bf16>& paging, bf16*
         block[i] = _mm512_castps_si512(_mm512_mul_ps(_mm512_loadu_ps(acc + (d + i) * width + j), inverse));
       transpose(block);
       for (int i = 0; i < std::min(kTile, rows - j); ++i) {
-        bf16* to = out + (static_cast<int64_t>(work.origin) + work.query + (j + i) / group) * heads * dim +
+        bf16* to = out + (static_cast<int64_t>(work.sequence.origin) + work.query + (j + i) / group) * heads * dim +
                    (work.head * group + (j + i) % group) * dim + d;
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(_mm512_castsi512_ps(block[i])));
       }
@@ -559,26 +613,35 @@ struct Tiles {};
 template <typename T>
 void attention(const T* qkv, const int32_t* bounds, int64_t sequences, T* out, int64_t heads, int64_t kv_heads,
                int64_t dim, const Paging<T>& paging) {
-  const int64_t width = 2 * kv_heads * dim;  // of a row of keys and values
-  struct Move { const T* from; T* to; };
-  std::vector<Move> moves;
-  std::vector<Work> works;
+  std::vector<Sequence<T>> all;
+  int64_t loose = 0;  // blocks without pages
   for (int64_t s = 0; s < sequences; ++s) {
     const int32_t held = paging.held ? paging.held[s] : 0, first = paging.held ? paging.bounds[s] : 0;
-    const int32_t origin = bounds[s] - held, length = bounds[s + 1] - origin;
-    if (length == held) continue;
-    const int32_t* pages = paging.pages + first;
-    const int32_t count = paging.held ? paging.bounds[s + 1] - first : 0;
-    if (count)
-      for (int32_t i = std::max(held, paging.written[s]); i < std::min(length, count * kBlock); ++i)
-        moves.push_back({qkv + (static_cast<int64_t>(origin) + i) * (heads * dim + width) + heads * dim,
-                         paging.layer + pages[i / kBlock] * paging.stride + i % kBlock * width});
-    for (int32_t query = held; query < length; query += kBlock)
-      for (int32_t head = 0; head < kv_heads; ++head)
-        works.push_back({origin, query, std::min(kBlock, length - query), head, pages, count});
+    const int32_t paged = paging.held ? paging.bounds[s + 1] - first : 0;
+    const int32_t length = bounds[s + 1] - bounds[s] + held;
+    all.push_back({bounds[s] - held, length, paging.pages + first, paged, nullptr});
+    loose += std::max(0, (length + kBlock - 1) / kBlock - paged);
+  }
+  const std::unique_ptr<T[]> memory(new T[loose * kv_heads * 2 * kBlock * dim]);
+  T* next = memory.get();
+  std::vector<Move<T>> moves;
+  std::vector<Work<T>> works;
+  for (int64_t s = 0; s < sequences; ++s) {
+    Sequence<T>& own = all[s];
+    own.loose = next;
+    next += std::max(0, (own.length + kBlock - 1) / kBlock - own.paged) * kv_heads * 2 * kBlock * dim;
+    const int32_t held = bounds[s] - own.origin;
+    for (int32_t head = 0; head < kv_heads; ++head) {
+      for (int32_t begin = own.paged ? std::max(held, paging.written[s]) : 0, end; begin < own.length; begin = end) {
+        end = std::min(own.length, (begin / kBlock + 1) * kBlock);
+        moves.push_back({own, begin, end, head});
+      }
+      for (int32_t query = held; query < own.length; query += kBlock)
+        works.push_back({own, query, std::min(kBlock, own.length - query), head});
+    }
   }
   // Longest first, so that threads end together.
-  std::stable_sort(works.begin(), works.end(), [](const Work& a, const Work& b) { return a.query > b.query; });
+  std::stable_sort(works.begin(), works.end(), [](const auto& a, const auto& b) { return a.query > b.query; });
   const int group = static_cast<int>(heads / kv_heads);
   const int64_t rows = kBlock * group;  // a multiple of a tile's
   const int64_t size = rows * (2 * dim + kBlock + 2) + 2 * kBlock * dim;
@@ -586,13 +649,13 @@ void attention(const T* qkv, const int32_t* bounds, int64_t sequences, T* out, i
   {
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < static_cast<int64_t>(moves.size()); ++i)
-      std::memcpy(moves[i].to, moves[i].from, width * sizeof(T));
+      pack(moves[i], qkv, paging, static_cast<int>(heads), static_cast<int>(kv_heads), static_cast<int>(dim));
     [[maybe_unused]] const Tiles tiles;
-    std::vector<float> scratch(size);
+    const std::unique_ptr<float[]> scratch(new float[size]);
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < static_cast<int64_t>(works.size()); ++i)
       attend(works[i], qkv, paging, out, group, static_cast<int>(heads), static_cast<int>(kv_heads),
-             static_cast<int>(dim), scratch.data());
+             static_cast<int>(dim), scratch.get());
   }
 }
 
