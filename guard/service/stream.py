@@ -171,7 +171,7 @@ class Stream:
                     if self._take(step, heard) and (response := self._release(heard)) is not None:
                         yield response
                 if judging is not None and judging in done:
-                    answer, judging = judging.result(), None
+                    answer, judging, heard = judging.result(), None, time.monotonic()
                     if answer is not None:
                         yield answer
         finally:

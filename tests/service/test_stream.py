@@ -210,6 +210,18 @@ async def test_an_idle_stream_is_ended(serve: Serve) -> None:
         assert raised.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
 
 
+async def test_who_waits_for_a_verdict_is_not_idle(serve: Serve) -> None:
+    """The time runs from the verdict on, however long that took."""
+    async with serve(stream_idle_seconds=0.5, **PROMPT) as service, Talk(service) as talk:
+        await talk.say("wait. ")
+        await until(lambda: bool(service.judge.lanes))
+        await asyncio.sleep(0.6)
+        service.judge.gate.set()
+        await talk.hear(lambda response: response.judged == 6)
+        await talk.say("And so on. ")
+        await talk.hear(lambda response: response.judged == 17)
+
+
 async def test_an_overloaded_engine_is_asked_again(serve: Serve) -> None:
     """Nothing is shown meanwhile, and nothing is lost."""
     async with serve(**PROMPT) as service:
