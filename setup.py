@@ -18,7 +18,7 @@ FLAGS = [
 LEVELS = {
     "v3": ["-march=x86-64-v3"],
     "v4": ["-march=x86-64-v4"],
-    "v4_amx": ["-march=x86-64-v4", "-mamx-tile", "-mamx-bf16", "-mavx512bf16"],
+    "v4_amx": ["-march=x86-64-v4", "-mamx-tile", "-mamx-bf16", "-mamx-int8", "-mavx512bf16"],
 }
 
 setup(

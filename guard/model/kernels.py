@@ -255,6 +255,10 @@ def _floats(rows: Rows) -> Tensor:
     return rows if isinstance(rows, Tensor) else rows.values.float() * rows.scales[:, None]
 
 
+def _biased(rows: Scaled, bias: Tensor | None) -> Rows:
+    return rows if bias is None else (_floats(rows) + bias).to(rows.values.dtype)
+
+
 def _integer_linear(
     weight: Tensor, bias: Tensor | None, scales: Tensor, dtype: torch.dtype, quantise: Callable[[Tensor], Scaled]
 ) -> Linear:
@@ -266,7 +270,7 @@ def _integer_linear(
     def linear(x: Rows) -> Rows:
         x = quantise(x) if isinstance(x, Tensor) else x
         y = product(x.values, 1.0, 128, packed, scales, zeros, None, 1.0, 0, dtype, "none", [], "")
-        return Scaled(y, x.scales) if bias is None else (_floats(Scaled(y, x.scales)) + bias).to(dtype)
+        return _biased(Scaled(y, x.scales), bias)
 
     return linear
 
@@ -330,7 +334,7 @@ _LEVELS: Final = {"AVX512": ("v4_amx", "v4"), "AVX2": ("v3",)}
 
 
 class NativeKernels(TorchKernels):
-    """guard/model/native/kernels.cpp between oneDNN's products, on the CPU."""
+    """guard/model/native/kernels.cpp, on the CPU; oneDNN's products where it has none."""
 
     def __init__(self, library: str, name: str) -> None:
         self.name = name
@@ -339,9 +343,11 @@ class NativeKernels(TorchKernels):
     @classmethod
     def find(cls) -> "NativeKernels | None":
         """The library built for this processor, or None where there is none."""
+        processor = torch.cpu.get_capabilities()
+        has_tiles = processor.get("amx_bf16") and processor.get("amx_int8")
         for level in _LEVELS.get(torch.backends.cpu.get_cpu_capability(), ()):
             spec = importlib.util.find_spec(f"guard.model._native_{level}")
-            if spec and spec.origin and (level != "v4_amx" or torch.cpu.get_capabilities().get("amx_bf16")):
+            if spec and spec.origin and (level != "v4_amx" or has_tiles):
                 kernels = cls(spec.origin, f"native-x86-64-{level.replace('_', '-')}")
                 if kernels._library.guard_usable():
                     return kernels
@@ -349,6 +355,26 @@ class NativeKernels(TorchKernels):
 
     def _call(self, function: str, dtype: torch.dtype, *arguments: Tensor | int | float | None) -> None:
         getattr(self._library, f"guard_{function}_{_SUFFIXES[dtype]}")(*map(_as_c, arguments))
+
+    def linear(
+        self, weight: Tensor, bias: Tensor | None, scales: Tensor | None = None, *, residual: bool = False
+    ) -> Linear:
+        """The library's own product where it has one: of few rows, oneDNN's takes half as long again."""
+        cols, depth = weight.shape
+        if scales is None or depth % 64 or cols % 32 or not hasattr(self._library, "guard_linear_f32"):
+            return super().linear(weight, bias, scales, residual=residual)
+        excess = 128 * weight.sum(1, dtype=torch.int32)
+        tiles = weight.view(cols // 16, 16, depth // 64, 16, 4).permute(0, 2, 3, 1, 4).contiguous()
+        dtype = torch.float32 if residual else torch.bfloat16
+
+        def product(x: Rows) -> Rows:
+            x = self.quantise(x) if isinstance(x, Tensor) else x
+            assert len(x.values) % 16 == 0, "rows are padded to whole tiles; see `bucket`"
+            y = torch.empty(len(x.values), cols, dtype=dtype)
+            self._call("linear", dtype, x.values, tiles, excess, scales, y, len(y), depth, cols)
+            return _biased(Scaled(y, x.scales), bias)
+
+        return product
 
     def quantise(self, x: Tensor) -> Scaled:
         out = _integers(*x.shape)

@@ -1,5 +1,5 @@
 // What a packed Llama forward does between its matrix products, fused: residual + RMS norm, RoPE, SwiGLU's product,
-// and causal grouped-query attention over many sequences that stand in one row.
+// and causal grouped-query attention over many sequences that stand in one row; and products of integers on AMX.
 //
 // A plain C interface over caller-owned buffers; loaded with ctypes by guard/model/kernels.py. Every output element is
 // computed in float32 in an order that depends on its own row alone (attention: keys in blocks at fixed positions), so
@@ -435,6 +435,69 @@ struct Tiles {
   ~Tiles() { _tile_release(); }
 };
 
+constexpr int kDepth = 64;     // bytes in a tile's row
+constexpr int kStretch = 256;  // rows that are multiplied with some columns before the next ones are fetched
+
+inline void put(float* to, __m512 x) { _mm512_storeu_ps(to, x); }
+inline void put(bf16* to, __m512 x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(x));
+}
+
+// Rows of x [rows, depth], each number 128 too high, times weight: tiles [cols / 16, depth / 64] of 16 quadruples of
+// inputs for each of 16 columns. `excess` is what the 128 come to in each column; `scales` are the columns' too. Rows
+// are whole tiles, columns pairs of them.
+template <typename T>
+void linear(const uint8_t* x, const int8_t* weight, const int32_t* excess, const float* scales, T* out, int64_t rows,
+            int64_t depth, int64_t cols) {
+  const int64_t bytes = kTile * kDepth, column = depth / kDepth * bytes;  // of a tile, of a column of them
+  const auto finish = [&](const int32_t* sums, int64_t i, int64_t j) {
+    const __m512i less = _mm512_loadu_si512(excess + j);
+    const __m512 by = _mm512_loadu_ps(scales + j);
+    for (int r = 0; r < kTile; ++r) {
+      const __m512i sum = _mm512_sub_epi32(_mm512_loadu_si512(sums + r * kTile), less);
+      put(out + (i + r) * cols + j, _mm512_mul_ps(_mm512_cvtepi32_ps(sum), by));
+    }
+  };
+#pragma omp parallel
+  {
+    const Tiles tiles;
+    alignas(64) int32_t sums[4][kTile * kTile];
+#pragma omp for collapse(2) schedule(static)
+    for (int64_t stretch = 0; stretch < rows; stretch += kStretch)
+      for (int64_t j = 0; j < cols; j += 2 * kTile) {
+        const int64_t end = std::min(rows, stretch + kStretch);
+        const int8_t *left = weight + j / kTile * column, *right = left + column;
+        for (int64_t i = stretch; i < end; i += 2 * kTile) {
+          const bool two = i + kTile < end;
+          const uint8_t *above = x + i * depth, *below = above + kTile * depth;
+          _tile_zero(0);
+          _tile_zero(1);
+          _tile_zero(2);
+          _tile_zero(3);
+          asm volatile("" ::: "memory");
+          for (int64_t d = 0; d < depth; d += kDepth) {
+            _tile_loadd(4, above + d, depth);
+            _tile_loadd(6, left + d / kDepth * bytes, kDepth);
+            _tile_loadd(7, right + d / kDepth * bytes, kDepth);
+            _tile_dpbusd(0, 4, 6);
+            _tile_dpbusd(1, 4, 7);
+            if (!two) continue;
+            _tile_loadd(5, below + d, depth);
+            _tile_dpbusd(2, 5, 6);
+            _tile_dpbusd(3, 5, 7);
+          }
+          _tile_stored(0, sums[0], kDepth);
+          _tile_stored(1, sums[1], kDepth);
+          _tile_stored(2, sums[2], kDepth);
+          _tile_stored(3, sums[3], kDepth);
+          asm volatile("" ::: "memory");
+          for (int part = 0; part < (two ? 4 : 2); ++part)
+            finish(sums[part], i + part / 2 * kTile, j + part % 2 * kTile);
+        }
+      }
+  }
+}
+
 // Transposes 16 x 16 words in registers.
 inline void transpose(__m512i r[kTile]) {
   __m512i t[kTile];
@@ -703,6 +766,17 @@ void guard_quantise_f32(const float* x, uint8_t* out, float* scales, int64_t row
 void guard_quantise_bf16(const bf16* x, uint8_t* out, float* scales, int64_t rows, int64_t cols) {
   quantise_rows(x, out, scales, rows, cols);
 }
+
+#if defined(__AMX_INT8__)
+void guard_linear_f32(const uint8_t* x, const int8_t* weight, const int32_t* excess, const float* scales, float* out,
+                      int64_t rows, int64_t depth, int64_t cols) {
+  linear(x, weight, excess, scales, out, rows, depth, cols);
+}
+void guard_linear_bf16(const uint8_t* x, const int8_t* weight, const int32_t* excess, const float* scales, bf16* out,
+                       int64_t rows, int64_t depth, int64_t cols) {
+  linear(x, weight, excess, scales, out, rows, depth, cols);
+}
+#endif
 
 // Whether the processor and the system let this process use what the library was built for; before anything else.
 bool guard_usable() {
