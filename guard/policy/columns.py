@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from guard.policy.compile import Category, Policy, Threshold
+from guard.policy.rules import Rule
 from guard.types import Action, Role
 
 ROLES = tuple(Role)
@@ -38,15 +39,21 @@ class Columns:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Found:
-    """Where one ground is violated, [turns]: the action, or 0; score and threshold are 0 there, and of a rule."""
+    """The turns that violate one ground, by their places in any order, and how; score and threshold are 0 of a rule."""
 
+    rows: Rows
     action: Actions
     score: Floats
     threshold: Floats
 
     @classmethod
-    def nothing(cls, turns: int) -> "Found":
-        return cls(np.zeros(turns, np.int8), np.zeros(turns), np.zeros(turns))
+    def nothing(cls) -> "Found":
+        return cls(np.empty(0, np.intp), np.empty(0, np.int8), np.empty(0), np.empty(0))
+
+    @classmethod
+    def joined(cls, parts: Sequence["Found"]) -> "Found":
+        columns = zip(*((one.rows, one.action, one.score, one.threshold) for one in parts), strict=True)
+        return cls(*map(np.concatenate, columns)) if parts else cls.nothing()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,40 +66,46 @@ class Judged:
 
 def judge(policy: Policy, turns: Columns) -> Judged:
     """What the policy says about each turn: `decide` where it is scored, `decide_without_scores` where it is not."""
-    found = {(rule.category, rule.name): Found.nothing(len(turns.roles)) for rule in policy.rules}
-    for rule in policy.rules:
-        spoken = np.isin(turns.roles, [ROLES.index(role) for role in rule.roles])
-        found[rule.category, rule.name].action[spoken & turns.hits[rule.name]] = rule.action
-    scored = {role: np.flatnonzero(turns.scored & (turns.roles == number)) for number, role in enumerate(ROLES)}
+    found = {(rule.category, rule.name): _by_rule(rule, turns) for rule in policy.rules}
+    scored = {role: turns.scored & (turns.roles == number) for number, role in enumerate(ROLES)}
     found |= {(category.name, ""): _by_score(policy, category, turns, scored) for category in policy.categories}
     on_error = np.array([policy.on_error[role] for role in ROLES], np.int8)
     action = np.where(turns.scored, np.int8(Action.ALLOW), on_error[turns.roles])
     for one in found.values():
-        np.maximum(action, one.action, out=action)
+        action[one.rows] = np.maximum(action[one.rows], one.action)
     return Judged(np.zeros_like(action) if policy.shadow else action, found)
 
 
-def _by_score(policy: Policy, category: Category, turns: Columns, scored: Mapping[Role, Rows]) -> Found:
-    found = Found.nothing(len(turns.roles))
+def _by_rule(rule: Rule, turns: Columns) -> Found:
+    spoken = np.isin(turns.roles, [ROLES.index(role) for role in rule.roles])
+    rows = np.flatnonzero(spoken & turns.hits[rule.name])
+    nothing = np.zeros(len(rows))
+    return Found(rows, np.full(len(rows), rule.action, np.int8), nothing, nothing)
+
+
+def _by_score(policy: Policy, category: Category, turns: Columns, scored: Mapping[Role, Bools]) -> Found:
+    parts = []
     overlays = [overlay for overlay in reversed(policy.overlays) if category.name in overlay.thresholds]
     score = _score(category, turns.scores)
-    for role, rows in scored.items():
+    for role, judged in scored.items():
         for overlay in overlays:
             if role in overlay.thresholds[category.name]:
-                applies = np.logical_and.reduce([turns.metadata[pair][rows] for pair in overlay.when])
-                _reach(overlay.thresholds[category.name][role], score, rows[applies], found)
-                rows = rows[~applies]
-        _reach(category.thresholds.get(role, ()), score, rows, found)
-    return found
+                applies = np.logical_and.reduce([turns.metadata[pair] for pair in overlay.when])
+                parts.append(_reached(overlay.thresholds[category.name][role], score, judged & applies))
+                judged = judged & ~applies
+        parts.append(_reached(category.thresholds.get(role, ()), score, judged))
+    return Found.joined(parts)
 
 
-def _reach(thresholds: Sequence[Threshold], score: Floats, rows: Rows, found: Found) -> None:
-    """Writes down the strictest action that is reached; whatever reaches it reaches the milder ones."""
-    for action, threshold, _ in reversed(thresholds):
-        rows = rows[score[rows] >= threshold]
-        found.action[rows] = action
-        found.score[rows] = score[rows]
-        found.threshold[rows] = threshold
+def _reached(thresholds: Sequence[Threshold], score: Floats, judged: Bools) -> Found:
+    """The strictest action that each of them reaches; whatever reaches it reaches the milder ones."""
+    if not thresholds:
+        return Found.nothing()
+    rising = np.array([threshold for _, threshold, _ in reversed(thresholds)])
+    actions = np.array([action for action, _, _ in reversed(thresholds)], np.int8)
+    rows = np.flatnonzero(judged & (score >= rising[0]))
+    strictest = np.searchsorted(rising, score[rows], side="right") - 1
+    return Found(rows, actions[strictest], score[rows], rising[strictest])
 
 
 def _score(category: Category, scores: Mapping[str, Floats]) -> Floats:

@@ -91,7 +91,10 @@ def diff(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Logged:
-    """The verdicts of a file, and the turns they are about; arrays are [verdicts]. `same` is where the revision is."""
+    """The verdicts of a file, and the turns they are about; arrays are [verdicts].
+
+    `same` is where the revision is. That and violations are told only where they were asked for.
+    """
 
     ids: Any
     turns: Any
@@ -105,7 +108,7 @@ def _report(old: Policy | None, new: Policy, logs: Sequence[Path], only: str, do
     report = Report()
     seen_pairs: set[tuple[str, str]] = set()
     for path in logs:
-        batch = _read(path, policies, only, violations=old is None)
+        batch = _read(path, policies, only, verdicts=old is None)
         with ThreadPoolExecutor(1) as thread:  # numpy lets the other one compute
             judging = thread.submit(judge, new, batch.columns)
             before = judge(old, batch.columns) if old else batch.verdicts
@@ -122,10 +125,9 @@ def _report(old: Policy | None, new: Policy, logs: Sequence[Path], only: str, do
 
 def _compare(report: Report, batch: _Logged, before: Judged, after: Judged) -> None:
     pairs = [(_VERDICT, before.action, after.action)]
-    nothing = Found.nothing(len(before.action))
     pairs += [
-        (_about(ground), before.found.get(ground, nothing).action, after.found.get(ground, nothing).action)
-        for ground in sorted(before.found.keys() | after.found.keys())
+        (_about(ground), *(_spread(one.rows, one.action, len(before.action)) for one in found))
+        for ground, *found in _both(before, after)
     ]
     spoken = np.bincount(batch.columns.roles, minlength=len(ROLES))
     report.turns += Counter({role.value: int(count) for role, count in zip(ROLES, spoken, strict=True)})
@@ -144,13 +146,26 @@ def _about(ground: Ground) -> str:
     return f"rule {rule}" if rule else category
 
 
+def _both(before: Judged, after: Judged) -> Iterator[tuple[Ground, Found, Found]]:
+    nothing = Found.nothing()
+    for ground in sorted(before.found.keys() | after.found.keys()):
+        yield ground, before.found.get(ground, nothing), after.found.get(ground, nothing)
+
+
+def _spread(rows: Rows, values: Any, count: int) -> Any:
+    """A column of them, with 0 elsewhere."""
+    column = np.zeros(count, values.dtype)
+    column[rows] = values
+    return column
+
+
 def _differ(before: Judged, after: Judged) -> Bools:
     """Where the action or any violation is another one, in whatever it says."""
     differ: Bools = before.action != after.action
-    nothing = Found.nothing(len(differ))
-    for ground in before.found.keys() | after.found.keys():
-        was, becomes = before.found.get(ground, nothing), after.found.get(ground, nothing)
-        differ |= (was.action != becomes.action) | (was.score != becomes.score) | (was.threshold != becomes.threshold)
+    count = len(differ)
+    for _, was, becomes in _both(before, after):
+        for old, new in ((was.action, becomes.action), (was.score, becomes.score), (was.threshold, becomes.threshold)):
+            differ |= _spread(was.rows, old, count) != _spread(becomes.rows, new, count)
     return differ
 
 
@@ -166,10 +181,10 @@ def _notes(old: Policy | None, new: Policy, seen: set[tuple[str, str]]) -> Itera
         yield f"no logged request has {key}: {value}; of metadata a log holds what policies in force ask for"
 
 
-def _read(path: Path, policies: Sequence[Policy], only: str, *, violations: bool) -> _Logged:
+def _read(path: Path, policies: Sequence[Policy], only: str, *, verdicts: bool) -> _Logged:
     """The verdicts of a file with all that the policies look at; the last of them is the one that judges again.
 
-    Logged `violations` are most of the work, and left out unless they are asked for.
+    Logged revisions and violations are most of the work, and left out unless `verdicts` are asked for.
     """
     try:
         import duckdb
@@ -179,7 +194,7 @@ def _read(path: Path, policies: Sequence[Policy], only: str, *, violations: bool
         raise ConfigError(f"{path}: there is no such file")
     with duckdb.connect() as database:
         try:
-            return _query(database, path, policies, only, violations)
+            return _query(database, path, policies, only, verdicts)
         except duckdb.Error as error:
             line = re.search(r"\bline (\d+)", str(error))
             about = f", at about line {line[1]}" if line else ""
@@ -187,7 +202,7 @@ def _read(path: Path, policies: Sequence[Policy], only: str, *, violations: bool
 
 
 def _query(
-    database: "DuckDBPyConnection", path: Path, policies: Sequence[Policy], only: str, violations: bool
+    database: "DuckDBPyConnection", path: Path, policies: Sequence[Policy], only: str, verdicts: bool
 ) -> _Logged:
     heads = sorted({code for policy in policies for category in policy.categories for code in category.hazards})
     rules = sorted({rule.name for policy in policies for rule in policy.rules})
@@ -199,8 +214,8 @@ def _query(
         "turn",
         f"list_position({_list(ROLES)}, role) - 1 AS role",
         f"list_position({_list(_ACTIONS)}, action) - 1 AS action",
-        *(["violations"] if violations else []),
-        "coalesce(policy.revision = $revision, false) AS same",
+        *([f"coalesce(policy.revision = {_quoted(policies[-1].revision)}, false) AS same"] if verdicts else []),
+        *(["violations"] if verdicts else []),
         "scores IS NOT NULL AS scored",
         "scores.unsafe AS s",
         *(f'scores.hazards."{code}" AS s{place}' for place, code in enumerate(heads)),
@@ -210,14 +225,17 @@ def _query(
             for place, (key, value) in enumerate(pairs)
         ),
     ]
-    given = {"path": str(path), "columns": columns, "revision": policies[-1].revision, "only": only}
-    database.execute(
-        f"CREATE TABLE log AS SELECT {', '.join(selected)} FROM "
-        "read_json($path, columns = $columns, format = 'newline_delimited') WHERE $only = '' OR policy.name = $only",
-        given,
+    query = (
+        f"SELECT {', '.join(selected)} FROM read_json($path, columns = $columns, format = 'newline_delimited')"
+        + f" WHERE policy.name = {_quoted(only)}" * bool(only)
     )
+    given = {"path": str(path), "columns": columns}
     # In the order of the file, which duckdb keeps unless it is told not to.
-    numbers = database.execute(f"SELECT * {'EXCLUDE (violations)' * violations} FROM log").fetchnumpy()
+    if verdicts:
+        database.execute(f"CREATE TABLE log AS {query}", given)
+        numbers = database.execute("SELECT * EXCLUDE (violations) FROM log").fetchnumpy()
+    else:
+        numbers = database.execute(query, given).fetchnumpy()
     scored = _whole(path, "verdicts", numbers["scored"])
     roles = _whole(path, "roles", numbers["role"]).astype(np.int8)
     _whole(path, "ids", numbers["id"])
@@ -228,27 +246,29 @@ def _query(
     return _Logged(
         numbers["id"],
         numbers["turn"],
-        numbers["same"],
+        numbers["same"] if verdicts else np.zeros(len(roles), np.bool_),
         Columns(roles, scored, scores, hits, metadata),
         Judged(
             _whole(path, "actions", numbers["action"]).astype(np.int8),
-            _violations(database, len(roles)) if violations else {},
+            _violations(database) if verdicts else {},
         ),
     )
 
 
-def _violations(database: "DuckDBPyConnection", verdicts: int) -> dict[Ground, Found]:
-    """The logged ones, spread over columns."""
-    found: dict[Ground, Found] = defaultdict(lambda: Found.nothing(verdicts))
-    told = database.execute(
-        f"SELECT row, v.category, v.rule, list_position({_list(_ACTIONS)}, v.action) - 1, v.score, v.threshold "
+def _violations(database: "DuckDBPyConnection") -> dict[Ground, Found]:
+    """The logged ones; what one of them does not tell, or of another kind, is nothing that a policy says."""
+    database.execute(
+        "CREATE TABLE said AS SELECT row, coalesce(v.category, '') AS category, coalesce(v.rule, '') AS rule, "
+        f"coalesce(list_position({_list(_ACTIONS)}, v.action), 0) - 1 AS action, "
+        "coalesce(v.score, 'nan') AS score, coalesce(v.threshold, 'nan') AS threshold "
         "FROM (SELECT rowid AS row, unnest(violations) AS v FROM log)"
     )
-    while rows := told.fetchmany(10_000):
-        for row, category, rule, action, score, threshold in rows:
-            one = found[category, rule]
-            one.action[row], one.score[row], one.threshold[row] = action, score, threshold
-    return dict(found)
+    found = {}
+    for ground in database.execute("SELECT DISTINCT category, rule FROM said").fetchall():
+        ones = "SELECT row, action, score, threshold FROM said WHERE category = ? AND rule = ?"
+        column = database.execute(ones, ground).fetchnumpy()
+        found[ground] = Found(column["row"], column["action"].astype(np.int8), column["score"], column["threshold"])
+    return found
 
 
 def _whole(path: Path, what: str, column: Any) -> Any:
