@@ -206,4 +206,5 @@ def from_policy(policy: Policy) -> pb.Policy:
             for rule in policy.rules
         ],
         shadow=policy.shadow,
+        stream=pb.Debounce(consecutive=policy.stream.consecutive, immediate=policy.stream.immediate),
     )

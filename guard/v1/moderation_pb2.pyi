@@ -1098,6 +1098,7 @@ class Policy(_message.Message):
     CATEGORIES_FIELD_NUMBER: _builtins.int
     RULES_FIELD_NUMBER: _builtins.int
     SHADOW_FIELD_NUMBER: _builtins.int
+    STREAM_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     revision: _builtins.str
     """Hash of the content, in hex."""
@@ -1112,6 +1113,10 @@ class Policy(_message.Message):
     def rules(self) -> _containers.RepeatedCompositeFieldContainer[Global___Rule]:
         """In the order they are written."""
 
+    @_builtins.property
+    def stream(self) -> Global___Debounce:
+        """When verdicts on a turn that is being written cut it."""
+
     def __init__(
         self,
         *,
@@ -1121,14 +1126,41 @@ class Policy(_message.Message):
         categories: _abc.Iterable[Global___Category] | None = ...,
         rules: _abc.Iterable[Global___Rule] | None = ...,
         shadow: _builtins.bool = ...,
+        stream: Global___Debounce | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["stream", b"stream"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["categories", b"categories", "description", b"description", "name", b"name", "revision", b"revision", "rules", b"rules", "shadow", b"shadow"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["categories", b"categories", "description", b"description", "name", b"name", "revision", b"revision", "rules", b"rules", "shadow", b"shadow", "stream", b"stream"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Policy: _TypeAlias = Policy  # noqa: Y015
+
+@_typing.final
+class Debounce(_message.Message):
+    """A stream is cut by so many verdicts in a row, or by a single one far above its threshold."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONSECUTIVE_FIELD_NUMBER: _builtins.int
+    IMMEDIATE_FIELD_NUMBER: _builtins.int
+    consecutive: _builtins.int
+    """At least 1."""
+    immediate: _builtins.float
+    """How far above, as a share of what is between the threshold and 1."""
+    def __init__(
+        self,
+        *,
+        consecutive: _builtins.int = ...,
+        immediate: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["consecutive", b"consecutive", "immediate", b"immediate"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Debounce: _TypeAlias = Debounce  # noqa: Y015
 
 @_typing.final
 class Category(_message.Message):

@@ -136,6 +136,8 @@ async def test_the_model_and_the_policies_in_force_are_told(service: Service) ->
     assert policy == listed.policies[0]
     assert (policy.categories[1].name, list(policy.categories[1].hazards)) == ("privacy", ["S7"])
     assert policy.categories[1].thresholds[0] == pb.Threshold(role=pb.ROLE_USER, action=pb.ACTION_BLOCK, score=0.75)
+    assert policy.stream.consecutive == 2
+    assert policy.stream.immediate == pytest.approx(0.6)
 
 
 @pytest.mark.parametrize(
