@@ -159,8 +159,8 @@ def _pick_dtype(name: str, device: torch.device, kernels: TorchKernels, *, int8:
     They are fast on CPUs that multiply bytes, between native kernels. Next comes bfloat16 where products of it are
     fast: CUDA, and CPUs with AMX. Elsewhere float32 is up to twice as fast.
     """
-    if name == "int8" and device.type != "cpu":
-        raise CheckpointError(f"dtype int8 cannot be used on {device}")
+    if device.type == "cuda" and name not in ("auto", "bfloat16"):  # its attention is of 16 bits
+        raise CheckpointError(f"dtype {name} cannot be used on {device}")
     if name != "auto":
         return {"bfloat16": torch.bfloat16, "float32": torch.float32, "int8": torch.int8}[name]
     if device.type == "cuda":
