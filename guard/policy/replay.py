@@ -250,24 +250,24 @@ def _query(
         Columns(roles, scored, scores, hits, metadata),
         Judged(
             _whole(path, "actions", numbers["action"]).astype(np.int8),
-            _violations(database) if verdicts else {},
+            _violations(database, path) if verdicts else {},
         ),
     )
 
 
-def _violations(database: "DuckDBPyConnection") -> dict[Ground, Found]:
-    """The logged ones; what one of them does not tell, or of another kind, is nothing that a policy says."""
+def _violations(database: "DuckDBPyConnection", path: Path) -> dict[Ground, Found]:
+    """The logged ones. Raises ConfigError."""
     database.execute(
         "CREATE TABLE said AS SELECT row, coalesce(v.category, '') AS category, coalesce(v.rule, '') AS rule, "
-        f"coalesce(list_position({_list(_ACTIONS)}, v.action), 0) - 1 AS action, "
-        "coalesce(v.score, 'nan') AS score, coalesce(v.threshold, 'nan') AS threshold "
+        f"list_position({_list(_ACTIONS)}, v.action) - 1 AS action, v.score, v.threshold "
         "FROM (SELECT rowid AS row, unnest(violations) AS v FROM log)"
     )
     found = {}
     for ground in database.execute("SELECT DISTINCT category, rule FROM said").fetchall():
         ones = "SELECT row, action, score, threshold FROM said WHERE category = ? AND rule = ?"
-        column = database.execute(ones, ground).fetchnumpy()
-        found[ground] = Found(column["row"], column["action"].astype(np.int8), column["score"], column["threshold"])
+        told = database.execute(ones, ground).fetchnumpy()
+        row, action, score, threshold = (_whole(path, "violations", column) for column in told.values())
+        found[ground] = Found(row, action.astype(np.int8), score, threshold)
     return found
 
 

@@ -1,6 +1,7 @@
 """What is logged is judged again as it was, and changes of policy are told as they would be."""
 
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -144,6 +145,7 @@ def test_a_log_that_was_changed_is_found(tmp_path: Path) -> None:
         ('"threshold":0.25}', '"threshold":0.26}'),
         ('"S7":0.5', '"S7":0.75'),
         ('"category":"leaks","rule":"",', '"category":"hate","rule":"",'),
+        ('"category":"leaks","rule":"",', '"category":null,"rule":"",'),
     ):
         assert true in honest
         log.write_text(honest.replace(true, false, 1))
@@ -197,10 +199,22 @@ def test_a_file_that_is_no_log(tmp_path: Path, content: str | None, problem: str
     log = tmp_path / "log"
     if content is not None:
         log.write_text(content)
-    with pytest.raises(ConfigError) as raised:
-        replay(whole(tmp_path), [log])
-    assert str(raised.value).startswith(f"{log}")
-    assert problem in str(raised.value)
+    policy = whole(tmp_path)
+    for judge in (partial(replay, policy, [log]), partial(diff, policy, policy, [log])):
+        with pytest.raises(ConfigError) as raised:
+            judge()
+        assert str(raised.value).startswith(f"{log}")
+        assert problem in str(raised.value)
+
+
+@pytest.mark.parametrize(("true", "false"), [('"action":"flag","score"', '"action":"flog","score"'), ("0.375", "null")])
+def test_a_violation_that_is_none(tmp_path: Path, true: str, false: str) -> None:
+    """One that no policy could have written is no difference but an error."""
+    policy = whole(tmp_path)
+    log = write_log(tmp_path / "log", policy, TURNS)
+    log.write_text(log.read_text().replace(true, false))
+    with pytest.raises(ConfigError, match=": 1 lines have no violations that are known"):
+        replay(policy, [log])
 
 
 def test_an_empty_log_holds_no_verdicts(tmp_path: Path) -> None:
