@@ -34,11 +34,12 @@ def main(policy: Path, count: int) -> None:
 
 
 def _entry(policy: Policy, chooser: random.Random) -> Entry:
-    """Of one harmless or, one in twenty, harmful turn: scores are low or spread out."""
+    """Of one harmless or, one in twenty, harmful turn: scores are low or spread out; those of its own heads, too."""
     role = chooser.choice([Role.USER, Role.AGENT])
     shape = (1.0, 1.5) if chooser.random() < 0.05 else (0.3, 20.0)
-    scores = array("f", [chooser.betavariate(*shape) for _ in range(len(HAZARDS) + 1)])
-    judged = Scores(scores[0], dict(zip(HAZARDS, scores[1:], strict=True)))
+    codes = dict.fromkeys([*HAZARDS, *(code for category in policy.categories for code in category.hazards)])
+    unsafe, *hazards = array("f", [chooser.betavariate(*shape) for _ in range(len(codes) + 1)])
+    judged = Scores(unsafe, dict(zip(codes, hazards, strict=True)))
     verdict = Verdict(0, *decide(policy, role, judged), judged, Coverage(60, 60))
     revision = Revision(policy.name, policy.revision)
     timings = Timings(*(chooser.uniform(0.001, 0.05) for _ in range(3)))
