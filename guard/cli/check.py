@@ -40,7 +40,8 @@ def check(
     from guard.cli import read, render
     from guard.settings import Settings
 
-    settings = Settings.load({"policies": policies, "model": model}, os.environ, config)
+    given = {"policies": policies, "model": model, "default_policy": policy or None}  # a directory need hold no other
+    settings = Settings.load(given, os.environ, config)
     if streamed:
         from guard.cli.stream import opening, stream
 

@@ -59,15 +59,18 @@ async def test_a_check_here_and_one_by_a_server_agree() -> None:
 
 
 async def test_a_redirect_shows_its_reply_and_does_not_pass(tmp_path: Path) -> None:
-    """A rule is told by its name, metadata chooses the overlay, and the exit code is that of what is blocked."""
-    (tmp_path / "default.yaml").write_text(
+    """A rule is told by its name, metadata chooses the overlay, and the exit code is that of what is blocked.
+
+    The directory need not hold a default policy where another one is asked for.
+    """
+    (tmp_path / "mine.yaml").write_text(
         "description: Redirects.\nreplies: {keep-private: Keep it private.}\n"
         "rules: {mail: {terms: [mail], roles: [user], action: redirect, reply: keep-private}}\n"
         "categories: {any: {title: Any, score: unsafe, thresholds: {user: {block: 1}}}}\n"
         "overlays: [{when: {app: kids}, thresholds: {any: {user: {flag: 0}}}}]\n"
     )
     request = json.dumps({"text": "My MAIL is here.", "metadata": {"app": "kids"}}).encode()
-    result = await guard("check", "--policies", tmp_path, stdin=request)
+    result = await guard("check", "--policies", tmp_path, "--policy", "mine", stdin=request)
     assert result.code == 1
     lines = result.out.splitlines()
     assert lines[:2] == ["redirect user turn", "keep-private: Keep it private."]
