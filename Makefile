@@ -56,13 +56,10 @@ constraints: $(VENV)/.dev ## Pin what is installed in .venv
 bench: $(VENV)/.dev ## Compare the engine with others on this machine (takes minutes)
 	$(BIN)/python -m loadtest.bench $(ARGS)
 
-# Each run goes on from the last save if it was stopped, and ends with a model and what it is worth.
-model: $(VENV)/.dev ## Train the embedded model anew (hours; DATA=rows, BASE=wheel, WORK=train: see docs/data.md)
-	$(BIN)/guard train --recipe guard/training/recipes/1.yaml --data $(DATA) --base $(BASE) --work $(WORK)/1 --out $(WORK)/model-1
-	$(BIN)/guard distill --recipe guard/training/recipes/2.yaml --data $(DATA) --base $(WORK)/model-1 --teacher $(WORK)/model-1 \
-	  --work $(WORK)/2 --out $(WORK)/model-2
-	$(BIN)/guard distill --recipe guard/model/default/recipe.yaml --data $(DATA) --base $(WORK)/2 --teacher $(WORK)/model-1 \
-	  --work $(WORK)/3 --out $(WORK)/model --name guard-smollm2-135m
+# Goes on from the last save if it was stopped, and ends with a model and what it is worth.
+model: $(VENV)/.dev ## Train the embedded model anew (minutes on a GPU, else hours; DATA=rows, BASE=wheel, WORK=train: see docs/data.md)
+	$(BIN)/guard train --recipe guard/model/default/recipe.yaml --data $(DATA) --base $(BASE) --work $(WORK)/run --out $(WORK)/model \
+	  --name guard-smollm2-135m
 
 image: ## Build the container image (IMAGE=guard; docker build)
 	docker build --tag $(IMAGE) .
