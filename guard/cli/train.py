@@ -27,7 +27,7 @@ _Work = typer.Option(help="Where training keeps its state; a stopped run goes on
 _Steps = typer.Option(min=1, help="Steps of training; by default the recipe's.")
 _Recipe = typer.Option(help="What to train on, and how; by default as shipped.")
 _Benchmarks = typer.Option(help="Directory of labelled rows that only measure the model.", show_default=False)
-_Compiled = typer.Option("--compile/--no-compile", help="Needs a C++ compiler.")
+_Compiled = typer.Option("--compile/--no-compile", help="On the CPU alone; needs a C++ compiler.")
 
 
 def train(

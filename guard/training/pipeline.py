@@ -60,7 +60,8 @@ def train(
     from its own outputs. Under torchrun every process computes a share of each step, on a GPU of its own where there
     are GPUs.
     A run that was stopped goes on from its last save; `out/log.jsonl` has a line for every report. `steps` stands in
-    for the recipe's, and may change when a run goes on. Unless `compiled` is off, a C++ compiler is needed.
+    for the recipe's, and may change when a run goes on. On the CPU a C++ compiler is needed, unless
+    `compiled` is off.
     Raises ConfigError for a recipe, data or base that cannot be used.
     """
     plan = read_recipe(recipe)
@@ -83,7 +84,7 @@ def train(
         wait()
         examples = repeated(plan, taught(rows, teachers, out / _TEACHERS))
         model.to(device)
-        if compiled:
+        if compiled and device.type == "cpu":  # on CUDA, torch.compile once changed what this Llama computes
             model.compile_blocks()
 
         def reported(progress: Progress) -> None:
