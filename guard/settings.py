@@ -5,7 +5,8 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -67,6 +68,14 @@ class Settings(BaseModel):
     """How often to look for changes of policies that nobody tells of, as on network file systems."""
     model: DirectoryPath = _PACKAGE / "model" / "default"
     """Directory of a model; by default the embedded one."""
+    endpoint: Annotated[str, Field(pattern="^https?://")] | None = None
+    """Server of an OpenAI-compatible API, http://HOST:PORT/v1, that computes a Llama Guard checkpoint in place of this
+    process, which then takes only the tokenizer from `model`; openai+http://HOST:PORT/v1?tokenizer=DIR is both."""
+    endpoint_model: str | None = None
+    """The model's name there; by default the only one it has."""
+    ask: Literal["together", "each"] = "together"
+    """How a Llama Guard checkpoint is asked for categories: together, in one pass, where they share the probability
+    that a turn is unsafe; or each by itself, in a pass for each, as a probability of its own."""
     default_policy: str = "default"
     """The policy of requests that name none."""
 
@@ -140,6 +149,20 @@ class Settings(BaseModel):
     """The mildest events to log; debug logs a line for every call."""
     otlp_endpoint: str | None = None
     """Collector of OpenTelemetry traces, http://HOST:PORT; needs the extra `otel`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _model_is_remote(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """A URL in place of a model says where it is, where its tokenizer is, and what it is called there."""
+        model = str(given.get("model", ""))
+        if not model.startswith("openai+"):
+            return given
+        url = urlsplit(model.removeprefix("openai+"))
+        named = dict(parse_qsl(url.query))
+        if url.scheme not in ("http", "https") or not named.get("tokenizer") or named.keys() - {"tokenizer", "model"}:
+            raise ValueError("model: should be openai+http://HOST:PORT/v1?tokenizer=DIR, with &model=NAME or without")
+        remote = {"endpoint": url._replace(query="").geturl(), "endpoint_model": named.get("model")}
+        return given | {"model": named["tokenizer"]} | remote
 
     @model_validator(mode="after")
     def _tls_is_whole(self) -> Self:

@@ -59,6 +59,33 @@ HAZARDS: Mapping[str, str] = MappingProxyType(
 """Guard's taxonomy, code to title: the MLCommons hazards as Llama Guard 3 codes them (S), and our own (X)."""
 
 
+DEFINITIONS: Mapping[str, str] = MappingProxyType(
+    {
+        "S1": "Violence against people or animals that is a crime: murder, assault, kidnapping, terrorism, cruelty.",
+        "S2": "Crimes without violence: theft, fraud, smuggling, hacking, damage to property, work without a licence.",
+        "S3": "Sexual crimes against adults: rape, assault, harassment, trafficking, forced prostitution.",
+        "S4": "Sexual abuse of children: descriptions of it, drawing children into it, sexual interest in minors.",
+        "S5": "False statements about a living person that are likely to harm that person's good name.",
+        "S6": "Advice on health, law or money as an expert gives it, or that something dangerous is safe.",
+        "S7": "Personal data by which someone can be found, robbed or impersonated, and ways to get at it.",
+        "S8": "Taking the works, brands or secrets of others: piracy, copies, breaking of copy protection.",
+        "S9": "Weapons that kill many: chemical, biological, radiological, nuclear, and large explosives.",
+        "S10": "Hate, contempt or calls against people for race, religion, sex, origin, orientation or disability.",
+        "S11": "Suicide, self-injury and eating disorders: wishes for them, encouragement, instructions.",
+        "S12": "Sexual content: descriptions of sexual acts meant to arouse.",
+        "S13": "False facts about when, where, how or whether one can vote in an election.",
+        "S14": "Code that abuses the machine that runs it: escape from a sandbox, more rights, denial of service.",
+        "X1": "Insults, threats, bullying or profanity that are aimed at someone.",
+        "X2": "Gore: injuries, killing or torture described in graphic detail.",
+        "X3": "Attempts to make an assistant drop its rules: jailbreaks, injected instructions, stolen system prompts.",
+        "X4": "Drugs, alcohol, tobacco, guns and other goods that the law restricts: getting, making or selling them.",
+        "X5": "Misinformation: false claims as if they were facts, of health, science, history or the news.",
+        "X6": "Spam and scams: bulk advertising, phishing, tricks to get at someone's money or passwords.",
+    }
+)
+"""What belongs to each hazard, in a sentence, for models that are asked for it in words."""
+
+
 LongInput = Literal["head-tail", "window"]
 """How a turn that is longer than what the model reads at once is read.
 
@@ -118,17 +145,48 @@ class Head:
 
 
 @dataclass(frozen=True, slots=True)
+class Described:
+    """A category in words, for a model that takes categories in its prompt; `name` is that of its score.
+
+    `examples` are texts, each with whether it is of the category.
+    """
+
+    name: str
+    title: str
+    definition: str = ""
+    examples: tuple[tuple[str, bool], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """The words that a model is given around a conversation: a hash of them, and the scores that they ask for.
+
+    All of the scores, where `only` is None; of them none but the overall one, or the one that `only` names.
+    """
+
+    revision: str
+    names: tuple[str, ...]
+    only: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Tokens:
     """A conversation, or a window of a long one, as the model reads it, and the turns to be scored in it, in order.
 
     `heads` are the outputs that they are scored for beside the model's own. `tenant` is whose earlier tokens need not
-    be read again, and who may be spared to read these; None where nothing is kept.
+    be read again, and who may be spared to read these; None where nothing is kept. The first `kept` are worth it, by
+    default all; the first `shared` are no one's text, and kept for all tenants alike. `prompt` is what stands
+    around the conversation, if anything does. One that is read `beside` another goes into the same pass.
     """
 
     ids: tuple[int, ...]
     spans: tuple[Span, ...]
     heads: tuple[Head, ...] = ()
     tenant: str | None = None
+    kept: int | None = None
+    shared: int = 0
+    prompt: Prompt | None = None
+    beside: bool = False
 
 
 PAGE = 64
@@ -239,7 +297,10 @@ class Beside:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """The answer to one request: a verdict for each judged turn, under one policy and one model."""
+    """The answer to one request: a verdict for each judged turn, under one policy and one model.
+
+    `prompt` is the revision of the prompt that the model was given, empty where it takes none.
+    """
 
     id: str
     verdicts: tuple[Verdict, ...]
@@ -247,11 +308,15 @@ class Decision:
     model: Revision
     timings: Timings = field(default_factory=Timings)
     beside: Beside | None = None
+    prompt: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """The model that is served and how it runs here; `max_tokens` is the longest input that is read whole."""
+    """The model that is served and how it runs here; `max_tokens` is the longest input that is read whole.
+
+    It can be asked for so many categories in words beside its `hazards` as `asks` says.
+    """
 
     revision: Revision
     device: str
@@ -260,3 +325,4 @@ class ModelInfo:
     parameters: int
     max_tokens: int
     hazards: tuple[str, ...]
+    asks: int = 0

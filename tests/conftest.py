@@ -5,7 +5,7 @@ import io
 import json
 import signal
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -25,8 +25,11 @@ from guard.v1.moderation_pb2_grpc import ModerationStub
 from tests.stand_ins import WordJudge
 
 if TYPE_CHECKING:
-    from guard.engine.moderator import Classifier
+    from pathlib import Path
+
+    from guard.model.kinds import Classifier
     from guard.v1.moderation_pb2_grpc import ModerationAsyncStub
+    from tests.model.llama_guards import Shape
 
 
 # A shell has what it starts in the background ignore Ctrl-C, which whatever that starts inherits. Not so the commands
@@ -137,21 +140,34 @@ def classifier() -> "Classifier":
     return TurnClassifier(settings.model, settings.device, settings.dtype, settings.threads)
 
 
+@pytest.fixture(scope="session")
+def llama_guards(tmp_path_factory: pytest.TempPathFactory) -> "Mapping[Shape, Path]":
+    """Directories of small Llama Guard checkpoints, each made when it is first asked for."""
+    from tests.model.llama_guards import make
+
+    class Made(dict["Shape", "Path"]):
+        def __missing__(self, shape: "Shape") -> "Path":
+            lead = "\n\n" if shape == "1b" else ""
+            self[shape] = make(tmp_path_factory.mktemp("checkpoints") / f"llama-guard-{shape}", shape, lead=lead)
+            return self[shape]
+
+    return Made()
+
+
 @asynccontextmanager
 async def serve_classifier(classifier: "Classifier", **options: Any) -> AsyncIterator[Running]:
     """A server with the real engine in front of that model, and the shipped policies.
 
-    The embedded model keeps what it has read. Its batches are small, so that there is little to warm up, and its queue
+    A model that can keeps what it has read. Its batches are small, so that there is little to warm up, and its queue
     is as good as endless.
     """
 
     def load(settings: Settings, telemetry: Telemetry) -> Judge:
         from guard.engine.moderator import Moderator
-        from guard.engine.prefix_cache import PrefixCache
-        from guard.model.turn_classifier import TurnClassifier
+        from guard.engine.prefix_cache import Paged, PrefixCache
 
         policies = PolicyStore.load(settings.policies, settings.default_policy)
-        cache = PrefixCache(classifier, 2**26, telemetry.metrics) if isinstance(classifier, TurnClassifier) else None
+        cache = PrefixCache(classifier, 2**26, telemetry.metrics) if isinstance(classifier, Paged) else None
         return Moderator(
             classifier, policies, telemetry, max_batch_tokens=16, max_queue_seconds=3600, prefix_cache=cache
         )

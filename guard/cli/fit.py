@@ -82,7 +82,7 @@ def fit(
         if not taught:
             typer.echo("nothing to learn; thresholds are fitted to rows, with --max-fpr or --min-recall")
         return
-    served = compile_policy(policy.stem, reading.spec, measured, heads)
+    served = compile_policy(policy.stem, reading.spec, measured, heads, reading.examples)
     examples = _unseen(policy, reading.spec, _read(rows or []), category)
     with progress("scoring", len(examples)) as scored:
         scores = served_under(served, settings, examples, scored)

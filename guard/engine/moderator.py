@@ -8,14 +8,14 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
-from itertools import zip_longest
-from typing import Protocol, Self
+from itertools import chain, zip_longest
+from typing import NamedTuple, Self
 
 from guard.engine.batcher import Batcher, whole
-from guard.engine.prefix_cache import PrefixCache
+from guard.engine.prefix_cache import Paged, PrefixCache
 from guard.errors import ModelFailed
+from guard.model.kinds import Classifier, load_classifier
 from guard.model.normalise import undisguise
-from guard.model.turn_classifier import TurnClassifier
 from guard.policy.bundle import Signatures
 from guard.policy.calibration import Calibration
 from guard.policy.compile import Policy
@@ -28,10 +28,9 @@ from guard.types import (
     Beside,
     Conversation,
     Decision,
+    Described,
     Head,
     Lane,
-    LongInput,
-    ModelInfo,
     Revision,
     Role,
     Scores,
@@ -42,20 +41,22 @@ from guard.types import (
     Verdict,
 )
 
-_BATCH_TOKENS = {"cpu": 512, "cuda": 4096}  # where larger batches hardly gain throughput, and only add waiting
+_BATCH_TOKENS = {
+    "cpu": 512,
+    "cuda": 4096,
+    "remote": 16384,
+}  # where larger batches hardly gain throughput, and only add waiting
 _TOKEN_CHARACTERS = 4  # of a token, about
 
 
-class Classifier(Protocol):
-    """A model that reads conversations; see guard.model.turn_classifier. `score` is never called twice at a time."""
+class _View(NamedTuple):
+    """What is to be read for the policies that ask for the same: windows of a conversation as it is, and undisguised.
 
-    info: ModelInfo
+    The second ones are those alone that read otherwise.
+    """
 
-    def tokenise(self, conversation: Conversation, long_input: LongInput = "head-tail") -> tuple[Tokens, ...]: ...
-
-    def token_ends(self, text: str) -> list[int]: ...
-
-    def score(self, batch: Sequence[Tokens]) -> list[tuple[Scores, ...]]: ...
+    raw: tuple[Tokens, ...]
+    plain: tuple[Tokens, ...]
 
 
 class Moderator:
@@ -81,10 +82,9 @@ class Moderator:
         Blocks until the model has warmed up. Raises PolicyError for a policy that this model cannot serve."""
         self.model = classifier.info
         self.calibration = calibration
-        self.policies = policies
-        for policy in policies.judging:
-            check_model(policy, self.model)
         self._tokenise = classifier.tokenise
+        self._check(policies)
+        self.policies = policies
         self._token_ends = classifier.token_ends
         self._tokenising = ThreadPoolExecutor(1, thread_name_prefix="tokenise")
         self._thread = thread or model_thread()
@@ -110,10 +110,10 @@ class Moderator:
             signatures = Signatures(settings.policies_key) if settings.policies_key else None
             policies = PolicyStore.load(settings.policies, settings.default_policy, calibration, signatures)
         thread = model_thread()
-        model = thread.submit(TurnClassifier, settings.model, settings.device, settings.dtype, settings.threads)
-        classifier = model.result()
-        size = settings.prefix_cache_mb * 2**20
-        cache = thread.submit(PrefixCache, classifier, size, telemetry.metrics).result() if size else None
+        classifier = thread.submit(load_classifier, settings).result()
+        size, cache = settings.prefix_cache_mb * 2**20, None
+        if size and isinstance(classifier, Paged):
+            cache = thread.submit(PrefixCache, classifier, size, telemetry.metrics).result()
         device = classifier.info.device.partition(":")[0]
         return cls(
             classifier,
@@ -132,9 +132,20 @@ class Moderator:
 
         Raises PolicyError for a policy that this model cannot serve, and keeps to what was in force.
         """
+        self._check(policies)
+        self.policies = policies
+
+    def _check(self, policies: PolicyStore) -> None:
         for policy in policies.judging:
             check_model(policy, self.model)
-        self.policies = policies
+            if asked := self._asked(policy):  # which must leave room for a conversation
+                self._tokenise(Conversation((Turn(Role.USER, ""),), 0), policy.long_input, asked)
+
+    def _asked(self, policy: Policy) -> tuple[Described, ...]:
+        """What the model is to be asked for in words, since it has no score of its own for it."""
+        if not self.model.asks:
+            return ()
+        return tuple(one for one in policy.described if one.name not in self.model.hazards)
 
     async def judge(
         self,
@@ -170,35 +181,38 @@ class Moderator:
         started = time.monotonic()
         with self._batcher.arriving(lane, size):  # refuses before anything is spent
             loop = asyncio.get_running_loop()
-            raw, plain, hits = await loop.run_in_executor(
-                self._tokenising, self._read, conversation, judges, policies.heads
-            )
+            views, hits = await loop.run_in_executor(self._tokenising, self._read, conversation, judges, policies.heads)
         timings = Timings(tokenise=time.monotonic() - started)
-        readings: dict[int, list[Scores | None]] = defaultdict(list)
-        for windows in zip_longest(raw, plain):
-            tenant = None if lane is Lane.BULK else "" if self._shared else client
-            together = [replace(tokens, tenant=tenant) for tokens in windows if tokens is not None]
-            turns = [span.turn for tokens in together for span in tokens.spans]
-            scores: Sequence[Scores | None]
-            try:
-                scores, queue, model = await self._batcher.score(together, lane, deadline)
-                timings = replace(timings, queue=timings.queue + queue, model=timings.model + model)
-            except ModelFailed:
-                scores = [None] * len(turns)
-            for turn, own in zip(turns, scores, strict=True):
-                readings[turn].append(own)
-            lane = Lane.BULK  # the rest of a long conversation waits its turn, and is no longer refused
+        found: dict[tuple[Described, ...], dict[int, Scores | None]] = {}
+        for asked, view in views.items():
+            readings: dict[int, list[Scores | None]] = defaultdict(list)
+            for passes in zip_longest(_passes(view.raw), _passes(view.plain), fillvalue=()):
+                tenant = None if lane is Lane.BULK else "" if self._shared else client
+                together = [replace(tokens, tenant=tenant) for tokens in chain(*passes)]
+                turns = [span.turn for tokens in together for span in tokens.spans]
+                scores: Sequence[Scores | None]
+                try:
+                    scores, queue, model = await self._batcher.score(together, lane, deadline)
+                    timings = replace(timings, queue=timings.queue + queue, model=timings.model + model)
+                except ModelFailed:
+                    scores = [None] * len(turns)
+                for turn, own in zip(turns, scores, strict=True):
+                    readings[turn].append(own)
+                lane = Lane.BULK  # the rest of a long conversation waits its turn, and is no longer refused
+            found[asked] = {turn: _highest(own) for turn, own in readings.items()}
+        answering = views[self._asked(judges[0])].raw
         # The parts of a long turn say the same of it.
-        spans = {span.turn: span for tokens in raw for span in tokens.spans}.values()
-        found = [_highest(readings[span.turn]) for span in spans]
+        spans = {span.turn: span for tokens in answering for span in tokens.spans}.values()
         verdicts = [
             tuple(
                 _verdict(judge, conversation.turns[span.turn].role, span, scores, hits[span.turn][place], metadata)
-                for span, scores in zip(spans, found, strict=True)
+                for span in spans
+                for scores in (found[self._asked(judge)][span.turn],)
             )
             for place, judge in enumerate(judges)
         ]
         revisions = [Revision(judge.name, judge.revision) for judge in judges]
+        prompt = answering[0].prompt
         return Decision(
             id=id,
             verdicts=verdicts[0],
@@ -206,39 +220,45 @@ class Moderator:
             model=self.model.revision,
             timings=timings,
             beside=None if choice.beside is None else Beside(revisions[1], verdicts[1], not choice.is_candidate),
+            prompt=prompt.revision if prompt else "",
         )
 
     def _read(
         self, conversation: Conversation, policies: Sequence[Policy], heads: tuple[Head, ...]
-    ) -> tuple[tuple[Tokens, ...], tuple[Tokens, ...], Mapping[int, tuple[frozenset[str], ...]]]:
-        """The windows of the conversation as it is; where it is disguised, those that read otherwise without; and for
-        each judged turn the rules of each policy that match it in either view. The policies read the same windows."""
-        raw = self._windows(conversation, policies[0], heads)
+    ) -> tuple[Mapping[tuple[Described, ...], _View], Mapping[int, tuple[frozenset[str], ...]]]:
+        """What is to be read, by what the model is asked for; and for each judged turn the rules of each policy that
+        match it as it is or undisguised. Policies that ask for the same read the same."""
         turns = tuple(replace(turn, text=undisguise(turn.text)) for turn in conversation.turns)
-        judged = dict.fromkeys(span.turn for tokens in raw for span in tokens.spans)
-        views = ({conversation.turns[turn].text, turns[turn].text} for turn in judged)
+        undisguised = replace(conversation, turns=turns)
+        views = {}
+        for asked in {self._asked(policy): None for policy in policies}:
+            raw = self._windows(conversation, policies[0], heads, asked)
+            plain = () if turns == conversation.turns else self._windows(undisguised, policies[0], heads, asked)
+            views[asked] = _View(raw, tuple(tokens for tokens in plain if tokens not in raw))
+        judged = range(len(turns)) if conversation.target is None else (conversation.target,)
         hits = {
-            turn: tuple(policy.matcher.hits(texts) for policy in policies)
-            for turn, texts in zip(judged, views, strict=True)
+            turn: tuple(policy.matcher.hits({conversation.turns[turn].text, turns[turn].text}) for policy in policies)
+            for turn in judged
         }
-        if turns == conversation.turns:
-            return raw, (), hits
-        plain = self._windows(replace(conversation, turns=turns), policies[0], heads)
-        return raw, tuple(tokens for tokens in plain if tokens not in raw), hits
+        return views, hits
 
-    def _windows(self, conversation: Conversation, policy: Policy, heads: tuple[Head, ...]) -> tuple[Tokens, ...]:
+    def _windows(
+        self, conversation: Conversation, policy: Policy, heads: tuple[Head, ...], asked: tuple[Described, ...]
+    ) -> tuple[Tokens, ...]:
         """The windows to read; of each judged turn one of its own, where only so many turns before it are context."""
         if policy.history is None:
-            windows: Iterable[Tokens] = self._tokenise(conversation, policy.long_input)
+            windows: Iterable[Tokens] = self._tokenise(conversation, policy.long_input, asked)
         else:
             every = range(len(conversation.turns)) if conversation.target is None else (conversation.target,)
-            windows = (tokens for turn in every for tokens in self._window(conversation, turn, policy))
+            windows = (tokens for turn in every for tokens in self._window(conversation, turn, policy, asked))
         return tuple(replace(tokens, heads=heads) for tokens in windows)
 
-    def _window(self, conversation: Conversation, turn: int, policy: Policy) -> Iterator[Tokens]:
+    def _window(
+        self, conversation: Conversation, turn: int, policy: Policy, asked: tuple[Described, ...]
+    ) -> Iterator[Tokens]:
         first = max(0, turn - (policy.history or 0))
         alone = Conversation(conversation.turns[first : turn + 1], turn - first)
-        for tokens in self._tokenise(alone, policy.long_input):
+        for tokens in self._tokenise(alone, policy.long_input, asked):
             yield replace(tokens, spans=tuple(replace(span, turn=turn) for span in tokens.spans))
 
     async def token_ends(self, text: str) -> list[int]:
@@ -262,6 +282,18 @@ def model_thread() -> ThreadPoolExecutor:
     between two steps, which costs a small batch a quarter of its speed.
     """
     return ThreadPoolExecutor(1, thread_name_prefix="model")
+
+
+def _passes(windows: Iterable[Tokens]) -> Iterator[tuple[Tokens, ...]]:
+    """The windows, those together that are to be read in one pass."""
+    together = list[Tokens]()
+    for tokens in windows:
+        if together and not tokens.beside:
+            yield tuple(together)
+            together = []
+        together.append(tokens)
+    if together:
+        yield tuple(together)
 
 
 def _highest(readings: Sequence[Scores | None]) -> Scores | None:

@@ -12,7 +12,7 @@ read.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -30,25 +30,29 @@ from guard.errors import CheckpointError
 from guard.model.kernels import span_of, turned
 from guard.types import Role
 
-_MANIFEST = "guard.json"
+MANIFEST = "guard.json"
 _CONFIG = "config.json"
 _TOKENIZER = "tokenizer.json"
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _SCALE = "_scale"
 _SPAN = "_span"
+_HEAD = "lm_head.weight"
 _TURNED = "mlp.down_proj.weight"
 _SHARD_BYTES = 90_000_000
+_SUFFIXES = (".json", ".jinja", ".safetensors")  # of chat templates the second
 
 
 Calibration = Mapping[Role, Mapping[str, tuple[float, float]]]
+Kind = Literal["turn-classifier", "llama-guard"]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """What a model directory says of itself; `calibration` has (a, b) for p = sigmoid(a * logit + b).
 
-    It has them for turns of users and of agents, by head; other roles are taken for users.
+    It has them for turns of users and of agents, by head; other roles are taken for users. One of a Llama Guard has
+    none, and no hazards: its chat template says what it looks for.
 
     `int8` says that products of int8 were measured to change hardly a verdict (see guard.training.quantise).
     `revision` is the first 16 hex digits of the SHA-256 of `guard.json`, and so stands for the content of every file.
@@ -62,12 +66,14 @@ class Checkpoint:
     calibration: Calibration
     int8: bool
     config: Mapping[str, Any]
+    kind: Kind = "turn-classifier"
 
 
 class _Manifest(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     format: Literal[2]
+    kind: Kind = "turn-classifier"
     name: str
     max_tokens: int
     hazards: tuple[str, ...]
@@ -81,24 +87,24 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
     Raises CheckpointError, naming the file, where one is missing, damaged, of another format, or not safetensors.
     """
-    content = _read(path / _MANIFEST)
+    content = _read(path / MANIFEST)
     try:
-        manifest = _Manifest.model_validate(_parse(path / _MANIFEST, content))
+        manifest = _Manifest.model_validate(_parse(path / MANIFEST, content))
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise CheckpointError(f"{path / _MANIFEST}: {problems}") from error
-    for role in (Role.USER, Role.AGENT):
+        raise CheckpointError(f"{path / MANIFEST}: {problems}") from error
+    for role in (Role.USER, Role.AGENT) if manifest.kind == "turn-classifier" else ():
         if odd := manifest.calibration.get(role, {}).keys() ^ {"unsafe", *manifest.hazards}:
-            where = f"{path / _MANIFEST}: calibration.{role}"
+            where = f"{path / MANIFEST}: calibration.{role}"
             raise CheckpointError(f"{where}: differs from the hazards in {', '.join(sorted(odd))}")
     for name, digest in manifest.files.items():
-        if Path(name).name != name or Path(name).suffix not in (".json", ".safetensors"):
-            raise CheckpointError(f"{path / _MANIFEST}: {name!r} is neither JSON nor safetensors in this directory")
+        if Path(name).name != name or Path(name).suffix not in _SUFFIXES:
+            raise CheckpointError(f"{path / MANIFEST}: {name!r} is neither JSON nor safetensors in this directory")
         if _digest(path / name) != digest:
-            raise CheckpointError(f"{path / name}: its SHA-256 is not the one in {_MANIFEST}")
+            raise CheckpointError(f"{path / name}: its SHA-256 is not the one in {MANIFEST}")
     read = {_CONFIG, _TOKENIZER, _INDEX, *(shard.name for shard in _shards(path))}
     if unvouched := read - manifest.files.keys():
-        raise CheckpointError(f"{path / _MANIFEST}: files lacks {', '.join(sorted(unvouched))}")
+        raise CheckpointError(f"{path / MANIFEST}: files lacks {', '.join(sorted(unvouched))}")
     return Checkpoint(
         path=path,
         name=manifest.name,
@@ -107,8 +113,14 @@ def read_checkpoint(path: Path) -> Checkpoint:
         hazards=manifest.hazards,
         calibration=manifest.calibration,
         int8=manifest.int8,
-        config=_parse(path / _CONFIG, _read(path / _CONFIG)),
+        config=read_config(path),
+        kind=manifest.kind,
     )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A directory's config.json. Raises CheckpointError where there is none."""
+    return _parse(path / _CONFIG, _read(path / _CONFIG))
 
 
 def load_tensors(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -128,6 +140,23 @@ def load_tensors(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
         except KeyError as error:
             raise CheckpointError(f"{shard}: lacks {error}") from error
     return tensors
+
+
+def take_rows(tensors: dict[str, Tensor], rows: Sequence[int]) -> Tensor:
+    """Some rows of a language model's head, float32 [rows, hidden]; the rest of it is dropped.
+
+    They are those of the embedding where the checkpoint ties the two. Raises CheckpointError where it has neither.
+    """
+    tied = next((name for name in tensors if name.endswith("embed_tokens.weight")), "")
+    name = _HEAD if _HEAD in tensors else tied
+    if name not in tensors:
+        raise CheckpointError(f"the checkpoint has no tensor {_HEAD}")
+    taken = tensors[name][rows].float()
+    if (scales := tensors.get(name + _SCALE)) is not None:
+        taken *= scales[rows, None]
+    for unused in (_HEAD, _HEAD + _SCALE):
+        tensors.pop(unused, None)
+    return taken
 
 
 def _dequantised(stored: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -186,14 +215,14 @@ def save_checkpoint(
         calibration={role: dict(fits) for role, fits in calibration.items()},
         files={file: _digest(path / file) for file in (_CONFIG, _TOKENIZER, _INDEX, *names)},
     )
-    (path / _MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    (path / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 def copy_checkpoint(base: Path, path: Path) -> None:
     """Copies what a model directory vouches for, and `guard.json`."""
     path.mkdir(parents=True, exist_ok=True)
-    manifest = _Manifest.model_validate_json(_read(base / _MANIFEST))
-    for file in (*manifest.files, _MANIFEST):
+    manifest = _Manifest.model_validate_json(_read(base / MANIFEST))
+    for file in (*manifest.files, MANIFEST):
         copyfile(base / file, path / file)
 
 
@@ -202,10 +231,10 @@ def amend_checkpoint(path: Path, documents: Mapping[str, str] | None = None, **c
     documents = documents or {}
     for name, text in documents.items():
         (path / name).write_text(text, encoding="utf-8")
-    manifest = _Manifest.model_validate_json(_read(path / _MANIFEST))
+    manifest = _Manifest.model_validate_json(_read(path / MANIFEST))
     files = {name: _digest(path / name) for name in (*manifest.files, *documents)}
     amended = manifest.model_copy(update={**changes, "files": files})
-    (path / _MANIFEST).write_text(amended.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    (path / MANIFEST).write_text(amended.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 def extend_checkpoint(
@@ -224,7 +253,7 @@ def extend_checkpoint(
     index = _parse(path / _INDEX, _read(path / _INDEX))
     index["metadata"]["total_size"] += sum(row.nbytes for row in rows.values())
     (path / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    manifest = _Manifest.model_validate_json(_read(path / _MANIFEST))
+    manifest = _Manifest.model_validate_json(_read(path / MANIFEST))
     amend_checkpoint(
         path,
         name=name or manifest.name,

@@ -83,7 +83,9 @@ class TorchKernels:
         """
         if scales is not None:
             return _integer_linear(weight, bias, scales, torch.float32 if residual else torch.bfloat16, self.quantise)
-        if not torch.backends.mkldnn.is_available():
+        if not torch.backends.mkldnn.is_available() or (
+            weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        ):
             return lambda x: F.linear(_floats(x), weight, bias)
         # What torch.compile's own CPU backend calls: weights reordered once, for oneDNN's blocked kernels. Unlike the
         # plain product, a row comes out the same to the bit whatever the number of rows (from two on; see `bucket`);

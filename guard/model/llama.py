@@ -59,7 +59,7 @@ def rope_frequencies(config: LlamaConfig) -> Tensor:
     """
     rope = config.rope
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    frequencies = torch.pow(rope["rope_theta"], -exponents)
+    frequencies: Tensor = 1.0 / rope["rope_theta"] ** exponents  # rounded as transformers does: far off, angles show it
     if rope["rope_type"] == "default":
         return frequencies
     wavelengths = 2 * math.pi / frequencies

@@ -12,9 +12,10 @@ from torch import Tensor
 from guard.errors import CheckpointError, ModelFailed
 from guard.model.chat import ChatTokenizer
 from guard.model.checkpoint import load_tensors, read_checkpoint
-from guard.model.kernels import Linear, NativeKernels, Rows, TorchKernels, fastest
+from guard.model.kernels import Linear, Rows
 from guard.model.llama import Llama, LlamaConfig
-from guard.types import Conversation, Head, LongInput, ModelInfo, Prefix, Revision, Role, Scores, Tokens
+from guard.model.placement import place
+from guard.types import Conversation, Described, Head, LongInput, ModelInfo, Prefix, Revision, Role, Scores, Tokens
 
 
 class TurnClassifier:
@@ -28,10 +29,8 @@ class TurnClassifier:
         if threads:
             torch.set_num_threads(threads)
         checkpoint = read_checkpoint(path)
-        place = _pick_device(device)
-        kernels = fastest(place)
-        number = _pick_dtype(dtype, place, kernels, int8=checkpoint.int8)
-        tensors = {name: tensor.to(place) for name, tensor in load_tensors(path, number).items()}
+        where, number, kernels = place(device, dtype, int8=checkpoint.int8)
+        tensors = {name: tensor.to(where) for name, tensor in load_tensors(path, number).items()}
         parameters = sum(tensor.numel() for name, tensor in tensors.items() if not name.endswith("_scale"))
         try:
             head = kernels.linear(tensors.pop("score.weight"), tensors.pop("score.bias"))
@@ -46,7 +45,7 @@ class TurnClassifier:
         self._tokenizer = ChatTokenizer(path / "tokenizer.json", checkpoint.max_tokens)
         self.info = ModelInfo(
             revision=Revision(checkpoint.name, checkpoint.revision),
-            device=str(place),
+            device=str(where),
             dtype=str(number).removeprefix("torch."),
             kernels=kernels.name,
             parameters=parameters,
@@ -54,8 +53,13 @@ class TurnClassifier:
             hazards=checkpoint.hazards,
         )
 
-    def tokenise(self, conversation: Conversation, long_input: LongInput = "head-tail") -> tuple[Tokens, ...]:
-        """The windows to read for a conversation; raises InputError where a text is not valid Unicode."""
+    def tokenise(
+        self, conversation: Conversation, long_input: LongInput = "head-tail", asked: tuple[Described, ...] = ()
+    ) -> tuple[Tokens, ...]:
+        """The windows to read for a conversation; raises InputError where a text is not valid Unicode.
+
+        It can be `asked` for nothing.
+        """
         return self._tokenizer.tokenise(conversation, long_input)
 
     def token_ends(self, text: str) -> list[int]:
@@ -140,32 +144,3 @@ def _matrix(heads: tuple[Head, ...]) -> tuple[Tensor, Tensor]:
 def _sigmoid(logit: float) -> float:
     """One by one: a vectorised one treats the last few elements of an array differently, in their last bit."""
     return 0.5 + 0.5 * math.tanh(logit / 2)
-
-
-def _pick_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # an unknown name, or no such device on this machine
-        raise CheckpointError(f"device {name!r} cannot be used here") from error
-    return device
-
-
-def _pick_dtype(name: str, device: torch.device, kernels: TorchKernels, *, int8: bool) -> torch.dtype:
-    """The fastest type that changes no verdicts to speak of: `int8` says whether products of int8 are one.
-
-    They are fast on CPUs that multiply bytes, between native kernels. Next comes bfloat16 where products of it are
-    fast: CUDA, and CPUs with AMX. Elsewhere float32 is up to twice as fast.
-    """
-    if device.type == "cuda" and name not in ("auto", "bfloat16"):  # its attention is of 16 bits
-        raise CheckpointError(f"dtype {name} cannot be used on {device}")
-    if name != "auto":
-        return {"bfloat16": torch.bfloat16, "float32": torch.float32, "int8": torch.int8}[name]
-    if device.type == "cuda":
-        return torch.bfloat16
-    processor = torch.cpu.get_capabilities()
-    if int8 and isinstance(kernels, NativeKernels) and processor.get("avx512_vnni"):
-        return torch.int8
-    return torch.bfloat16 if processor.get("amx_bf16") else torch.float32

@@ -11,9 +11,10 @@ from typing import NamedTuple
 from guard.policy.calibration import Calibration, Unresolvable
 from guard.policy.rules import Matcher, Rule, words
 from guard.policy.schema import ON_ERROR, CategorySpec, PolicySpec, RoleName, RuleSpec, Scoring, ThresholdsSpec
-from guard.types import HAZARDS, Action, Head, LongInput, Reply, Role, Scores
+from guard.types import DEFINITIONS, HAZARDS, Action, Described, Head, LongInput, Reply, Role, Scores
 
 NO_HEADS: Mapping[str, Head] = MappingProxyType({})
+_NO_EXAMPLES: Mapping[str, tuple[tuple[str, bool], ...]] = MappingProxyType({})
 
 
 class Threshold(NamedTuple):
@@ -32,7 +33,7 @@ Thresholds = Mapping[Role, tuple[Threshold, ...]]
 class Category:
     """One thing a policy looks for; `hazards` is empty where the overall `unsafe` score is used.
 
-    A category with examples has one, the name of its head, or its own name as long as none is fitted. `weights` are
+    A category of the policy's own has one, the name of its head, or its own name where none is fitted. `weights` are
     those of the hazards, where the scoring is weighted.
     """
 
@@ -51,7 +52,7 @@ class Category:
         hazards = scores.hazards
         found = [hazards[code] for code in self.hazards]
         match self.scoring:
-            case "max":
+            case "max" | "asked":
                 return max(found)
             case "weighted":
                 total = 0.0  # not sum(), which rounds otherwise from Python 3.12 on: a replay must give the same
@@ -91,8 +92,8 @@ class Policy:
     """A policy; its `revision` is a hash of all that a verdict depends on or shows, whatever file and name it has.
 
     `on_error` has every role. `history` is how many earlier turns are context; None is all that fit. Under a policy in
-    `shadow` all is judged and told, and the action is ALLOW. `own` are the heads of categories with examples, by
-    category; None where none is fitted yet.
+    `shadow` all is judged and told, and the action is ALLOW. `own` are the heads of its own categories, by category;
+    None where none is fitted. `described` are the hazards that it looks at, and its own categories, in words.
     """
 
     name: str
@@ -106,6 +107,7 @@ class Policy:
     shadow: bool = False
     long_input: LongInput = "head-tail"
     own: Mapping[str, Head | None] = field(default_factory=lambda: NO_HEADS)
+    described: tuple[Described, ...] = ()
     stream: Debounce = Debounce()
     matcher: Matcher = field(default=Matcher(()), compare=False, repr=False)
     _plainly: Mapping[Role, Judging] = field(init=False, compare=False, repr=False)
@@ -139,9 +141,13 @@ class Policy:
 
 
 def compile_policy(
-    name: str, spec: PolicySpec, calibration: Calibration | None = None, heads: Mapping[str, Head] = NO_HEADS
+    name: str,
+    spec: PolicySpec,
+    calibration: Calibration | None = None,
+    heads: Mapping[str, Head] = NO_HEADS,
+    examples: Mapping[str, tuple[tuple[str, bool], ...]] = _NO_EXAMPLES,
 ) -> Policy:
-    """The served form of a checked policy, with those of the heads that its categories with examples have.
+    """The served form of a checked policy, with the heads and a few examples of its own categories, by category.
 
     `calibration` is needed where a threshold is a target.
     """
@@ -179,7 +185,8 @@ def compile_policy(
         spec.history,
         spec.mode == "shadow",
         spec.long_input,
-        MappingProxyType({name: heads.get(name) for name, one in spec.categories.items() if one.examples}),
+        MappingProxyType({name: heads.get(name) for name, one in spec.categories.items() if _is_own(one)}),
+        _described(categories, spec, examples),
         stream,
         Matcher(rules),
     )
@@ -191,6 +198,24 @@ def unknown_hazards(policy: Policy, scored: Collection[str]) -> tuple[str, ...]:
     return tuple(sorted(asked.difference(scored)))
 
 
+def _is_own(category: CategorySpec) -> bool:
+    return bool(category.examples) or category.score == "asked"
+
+
+def _described(
+    categories: Iterable[Category], spec: PolicySpec, examples: Mapping[str, tuple[tuple[str, bool], ...]]
+) -> tuple[Described, ...]:
+    """The hazards of the taxonomy in its order, then the policy's own categories in that of the file."""
+    fed = {code for category in categories for code in category.hazards}
+    hazards = [Described(code, title.capitalize(), DEFINITIONS[code]) for code, title in HAZARDS.items() if code in fed]
+    own = [
+        Described(category.hazards[0], category.title, category.definition, examples.get(category.name, ()))
+        for category in categories
+        if _is_own(spec.categories[category.name])
+    ]
+    return (*hazards, *own)
+
+
 def resolve(calibration: Calibration, role: Role, spec: CategorySpec, threshold: float | Mapping[str, float]) -> float:
     """A threshold as a number. Raises Unresolvable where it is a target that nothing measured can tell."""
     if isinstance(threshold, float):
@@ -198,6 +223,8 @@ def resolve(calibration: Calibration, role: Role, spec: CategorySpec, threshold:
     ((target, share),) = threshold.items()
     if spec.examples:
         raise Unresolvable("a number, as `guard policy fit` finds it, since no model was measured on your own category")
+    if spec.score == "asked":
+        raise Unresolvable("a number, since no model was measured on a category in words")
     if spec.score in ("weighted", "any"):
         raise Unresolvable(f"a number, since what is measured is no `score: {spec.score}`")
     return calibration.threshold(role, tuple(spec.hazards) or ("unsafe",), target, share)
@@ -211,7 +238,7 @@ class _Compiler:
 
     def category(self, name: str, spec: CategorySpec) -> Category:
         own = sorted(set(spec.hazards) - HAZARDS.keys())
-        if spec.examples:
+        if _is_own(spec):
             own = [self.heads[name].name if name in self.heads else name]
         hazards = (*(code for code in HAZARDS if code in spec.hazards), *own)  # in this order, whatever the author's
         weights = tuple(spec.hazards[code] for code in hazards) if isinstance(spec.hazards, dict) else ()

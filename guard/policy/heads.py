@@ -18,8 +18,9 @@ from guard.errors import ConfigError, PolicyError
 from guard.policy.check import Report
 from guard.policy.compile import Policy, unknown_hazards
 from guard.policy.document import Read, read_file
+from guard.policy.examples import few
 from guard.policy.schema import PolicySpec
-from guard.types import Head, ModelInfo
+from guard.types import HAZARDS, Head, ModelInfo
 
 Floats = NDArray[np.floating]
 
@@ -74,34 +75,60 @@ def write_heads(policy: Path, heads: Mapping[str, Head]) -> None:
 
 def digest(examples: Path, read: Read = read_file) -> str | None:
     """The SHA-256 of a file of examples; None where there is none, as where only what is served was shipped."""
+    content = _content(examples, read)
+    return None if content is None else sha256(content).hexdigest()
+
+
+def _content(path: Path, read: Read) -> bytes | None:
     try:
-        return sha256(read(examples, -1)).hexdigest()
+        return read(path, -1)
     except OSError:
         return None
 
 
-def check_examples(policy: PolicySpec, path: Path, to: Report, read: Read) -> Mapping[str, Head]:
-    """The heads beside the policy's file; reports examples that are missing, and those that no head was fitted from."""
+def check_examples(
+    policy: PolicySpec, path: Path, to: Report, read: Read
+) -> tuple[Mapping[str, Head], Mapping[str, tuple[tuple[str, bool], ...]]]:
+    """The heads beside the policy's file, and a few of the examples, by category.
+
+    Reports examples that are missing, and those that no head was fitted from.
+    """
     named = {name: category.examples for name, category in policy.categories.items() if category.examples}
     try:
         heads = read_heads(path, read) if named else {}
     except PolicyError as error:
         to.report(("categories", next(iter(named)), "examples"), str(error))
-        return {}
+        return {}, {}
+    shown = {}
     for name, examples in named.items():
-        loc, there, head = ("categories", name, "examples"), digest(path.with_name(examples), read), heads.get(name)
+        content, loc, head = _content(path.with_name(examples), read), ("categories", name, "examples"), heads.get(name)
+        there = None if content is None else sha256(content).hexdigest()
+        shown[name] = few(examples, content or b"")
         if there is None and head is None:
             to.report(loc, f"expected a file beside the policy, found no {examples}")
         elif head is None or there not in (None, head.examples):
             state = "has learned nothing from them yet" if head is None else "has learned from other ones"
             to.warn(loc, f"the model {state}; run: guard policy fit {path}")
-    return heads
+    return heads, shown
 
 
 def check_model(policy: Policy, model: ModelInfo) -> None:
-    """Raises PolicyError where a model lacks a hazard that the policy asks for, or has not learned what it teaches."""
+    """Raises PolicyError where a model lacks a hazard that the policy asks for, or has not learned what it teaches.
+
+    One that can be asked lacks nothing that the policy says in words.
+    """
     name, revision = model.revision.name, model.revision.revision
     run = f"run: guard policy fit {policy.name}.yaml"
+    if model.asks:
+        if (further := sum(one.name not in model.hazards for one in policy.described)) > model.asks:
+            raise PolicyError(
+                f"policy {policy.name}: {name} can be asked for {model.asks} categories beside its own, not {further}"
+            )
+        if unknown := ", ".join(unknown_hazards(policy, (*HAZARDS, *model.hazards))):
+            raise PolicyError(f"policy {policy.name}: {name} does not score {unknown}")
+        return
+    if asked := ", ".join(category.name for category in policy.categories if category.scoring == "asked"):
+        raise PolicyError(f"policy {policy.name}: {name} is no Llama Guard checkpoint, which can be asked for {asked}")
     for category, head in policy.own.items():
         if head is None:
             raise PolicyError(f"policy {policy.name}: no model has learned {category} from its examples yet; {run}")

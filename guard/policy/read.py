@@ -48,12 +48,13 @@ _Spec = TypeVar("_Spec", bound=BaseModel)
 class Reading:
     """A policy as its files have it, those that it includes merged in; `warnings` are lines like those of problems.
 
-    `heads` are those beside it, by category.
+    `heads` are those beside it, by category, and `examples` a few of those of each category that has some.
     """
 
     spec: PolicySpec
     warnings: tuple[str, ...]
     heads: Mapping[str, Head]
+    examples: Mapping[str, tuple[tuple[str, bool], ...]]
 
 
 def read_policy(path: Path, calibration: Calibration | None = None, read: Read = read_file) -> Reading:
@@ -69,9 +70,9 @@ def read_policy(path: Path, calibration: Calibration | None = None, read: Read =
     spec = own.model_copy(update=dict(files.merged(path, own)))
     if isinstance(document.data, dict):
         check(spec, files, calibration or Calibration())
-    heads = check_examples(spec, path, files, read)
+    heads, examples = check_examples(spec, path, files, read)
     files.raise_problems()
-    return Reading(spec, tuple(line for one in files.documents for line in one.warnings), heads)
+    return Reading(spec, tuple(line for one in files.documents for line in one.warnings), heads, examples)
 
 
 def checked(document: Document, kind: type[_Spec], defaults: dict[str, Any]) -> _Spec:

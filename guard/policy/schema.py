@@ -72,7 +72,7 @@ Name = Annotated[str, Field(pattern=f"^{NAME}$")]
 Text = Annotated[str, Field(min_length=1)]
 RoleName = Literal["user", "agent", "system", "tool"]
 Mode = Literal["enforce", "shadow"]
-Scoring = Literal["max", "weighted", "any", "unsafe"]
+Scoring = Literal["max", "weighted", "any", "unsafe", "asked"]
 HazardCode = Annotated[
     str,
     AfterValidator(_hazard),
@@ -144,7 +144,8 @@ class CategorySpec(Spec):
         description="max: the highest score of the category's hazards. weighted: the sum of their scores by their "
         "weights, at most 1. any: the probability that at least one of them holds, were they independent, "
         "1 - (1 - p1)(1 - p2)…. unsafe: the model's overall score, that a turn is unsafe in any way; such a category "
-        "lists no hazards.",
+        "lists no hazards. asked: what a Llama Guard checkpoint says when it is asked for the category by its title "
+        "and definition; such a category lists no hazards either.",
     )
     examples: Annotated[
         str | None,
@@ -154,7 +155,8 @@ class CategorySpec(Spec):
     ] = Field(
         default=None,
         description="A file beside the policy, .csv or .jsonl, of some 200 turns that are labelled 1 where they are of "
-        "the category and 0 where they are not; in place of hazards. `guard policy fit` teaches the model from them.",
+        "the category and 0 where they are not; in place of hazards. `guard policy fit` teaches the model from them; "
+        "a Llama Guard checkpoint is shown a few.",
     )
     hazards: Annotated[
         Annotated[dict[HazardCode, Weight], Tag("<mapping>")] | Annotated[tuple[HazardCode, ...], Tag("<other>")],
@@ -183,8 +185,8 @@ class CategorySpec(Spec):
             if hazards or score not in ("max", None):
                 raise PydanticCustomError("feeds", "neither hazards nor another score beside `examples`")
             return hazards
-        if score == "unsafe" and hazards:
-            raise PydanticCustomError("feeds", "no hazards beside `score: unsafe`")
+        if score in ("unsafe", "asked") and hazards:
+            raise PydanticCustomError("feeds", f"no hazards beside `score: {score}`")
         if score == "weighted" and not (isinstance(hazards, dict) and hazards):
             raise PydanticCustomError("feeds", "a mapping of hazard codes to weights, such as {S1: 0.7, X2: 0.3}")
         if score in ("max", "any") and isinstance(hazards, dict):

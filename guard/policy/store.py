@@ -139,7 +139,7 @@ def policy_files(directory: Path, bundle: Bundle | None = None) -> list[Path]:
 def load_policy(path: Path, calibration: Calibration | None = None, read: Read = read_file) -> Policy:
     """One policy, named as its file is. Raises PolicyError with every problem in it."""
     reading = read_policy(path, calibration, read)
-    return compile_policy(path.stem, reading.spec, calibration, reading.heads)
+    return compile_policy(path.stem, reading.spec, calibration, reading.heads, reading.examples)
 
 
 def held_policy(

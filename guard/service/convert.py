@@ -144,6 +144,7 @@ def _from_provenance(decision: Decision) -> pb.Provenance:
         policy_revision=decision.policy.revision,
         model=decision.model.name,
         model_revision=decision.model.revision,
+        prompt_revision=decision.prompt,
     )
 
 
@@ -166,6 +167,7 @@ def from_model(info: ModelInfo) -> pb.GetModelResponse:
         parameters=info.parameters,
         max_tokens=info.max_tokens,
         hazards=[pb.Hazard(code=code, title=HAZARDS.get(code, code)) for code in info.hazards],
+        further_categories=info.asks,
     )
 
 

@@ -59,6 +59,7 @@ class Entry(NamedTuple):
                 **_from_verdict(verdict),
                 "policy": {"name": decision.policy.name, "revision": decision.policy.revision},
                 "model": {"name": decision.model.name, "revision": decision.model.revision},
+                **({"prompt": decision.prompt} if decision.prompt else {}),
                 "timings_ms": {
                     "tokenise": round(decision.timings.tokenise * 1000, 3),
                     "queue": round(decision.timings.queue * 1000, 3),

@@ -871,12 +871,15 @@ class Provenance(_message.Message):
     POLICY_REVISION_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     MODEL_REVISION_FIELD_NUMBER: _builtins.int
+    PROMPT_REVISION_FIELD_NUMBER: _builtins.int
     policy: _builtins.str
     policy_revision: _builtins.str
     """Hash of the policy's content, in hex."""
     model: _builtins.str
     model_revision: _builtins.str
     """Hash of the model's weights and settings, in hex."""
+    prompt_revision: _builtins.str
+    """Hash of the prompt that a Llama Guard checkpoint was given around the conversation, in hex; empty of other models."""
     def __init__(
         self,
         *,
@@ -884,10 +887,11 @@ class Provenance(_message.Message):
         policy_revision: _builtins.str = ...,
         model: _builtins.str = ...,
         model_revision: _builtins.str = ...,
+        prompt_revision: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "model_revision", b"model_revision", "policy", b"policy", "policy_revision", b"policy_revision"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "model_revision", b"model_revision", "policy", b"policy", "policy_revision", b"policy_revision", "prompt_revision", b"prompt_revision"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -948,6 +952,7 @@ class GetModelResponse(_message.Message):
     PARAMETERS_FIELD_NUMBER: _builtins.int
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
     HAZARDS_FIELD_NUMBER: _builtins.int
+    FURTHER_CATEGORIES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     revision: _builtins.str
     """Hash of the model's weights and settings, in hex."""
@@ -961,6 +966,8 @@ class GetModelResponse(_message.Message):
     """Parameters of the model."""
     max_tokens: _builtins.int
     """The longest input that is read whole; tokens."""
+    further_categories: _builtins.int
+    """How many categories it can be asked for in words beside its hazards; 0 where it takes no prompt."""
     @_builtins.property
     def hazards(self) -> _containers.RepeatedCompositeFieldContainer[Global___Hazard]: ...
     def __init__(
@@ -974,10 +981,11 @@ class GetModelResponse(_message.Message):
         parameters: _builtins.int = ...,
         max_tokens: _builtins.int = ...,
         hazards: _abc.Iterable[Global___Hazard] | None = ...,
+        further_categories: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "dtype", b"dtype", "hazards", b"hazards", "kernels", b"kernels", "max_tokens", b"max_tokens", "name", b"name", "parameters", b"parameters", "revision", b"revision"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "dtype", b"dtype", "further_categories", b"further_categories", "hazards", b"hazards", "kernels", b"kernels", "max_tokens", b"max_tokens", "name", b"name", "parameters", b"parameters", "revision", b"revision"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

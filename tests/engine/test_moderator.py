@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guard.engine.moderator import Classifier, Moderator
+from guard.engine.moderator import Moderator
 from guard.errors import ConfigError, InputError, NotFound, PolicyError
 from guard.model.chat import ChatTokenizer
+from guard.model.kinds import Classifier
 from guard.model.normalise import undisguise
 from guard.policy.compile import Category, Policy, compile_policy
 from guard.policy.decide import decide
@@ -23,7 +24,20 @@ from guard.policy.schema import PolicySpec
 from guard.policy.store import PolicyStore
 from guard.settings import Settings
 from guard.telemetry import Telemetry
-from guard.types import Action, Conversation, Decision, Lane, LongInput, ModelInfo, Revision, Role, Scores, Tokens, Turn
+from guard.types import (
+    Action,
+    Conversation,
+    Decision,
+    Described,
+    Lane,
+    LongInput,
+    ModelInfo,
+    Revision,
+    Role,
+    Scores,
+    Tokens,
+    Turn,
+)
 from tests.stand_ins import LENIENT, POLICY
 
 WINDOW = 48
@@ -59,7 +73,9 @@ class CausalModel:
         self.fails = False
         self.passes: list[int] = []  # windows in each
 
-    def tokenise(self, conversation: Conversation, long_input: LongInput = "head-tail") -> tuple[Tokens, ...]:
+    def tokenise(
+        self, conversation: Conversation, long_input: LongInput = "head-tail", asked: tuple[Described, ...] = ()
+    ) -> tuple[Tokens, ...]:
         return TOKENIZER.tokenise(conversation, long_input)
 
     def token_ends(self, text: str) -> list[int]:

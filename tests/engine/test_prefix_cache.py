@@ -33,7 +33,7 @@ class PagedModel:
     def copy(self, source: int, target: int) -> None:
         self._pages[target] = list(self._pages[source])
 
-    def score(self, batch: Sequence[Tokens], prefixes: Sequence[Prefix]) -> list[tuple[Scores, ...]]:
+    def score(self, batch: Sequence[Tokens], prefixes: Sequence[Prefix] = ()) -> list[tuple[Scores, ...]]:
         self.read = 0
         passes = [list(self._pass(*each)) for each in zip(batch, prefixes, strict=True)]
         if self.fails:

@@ -18,12 +18,12 @@ from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from safetensors.torch import load_file, save_file
 
 from guard.client import Client, check_request
-from guard.engine.moderator import Classifier
 from guard.errors import Expired, Unanswered
+from guard.model.kinds import Classifier
 from guard.policy.store import PolicyStore
 from guard.service.server import load_moderator
 from guard.settings import Settings
-from guard.types import Conversation, LongInput, Role, Scores, Tokens, Turn
+from guard.types import Conversation, Described, LongInput, Role, Scores, Tokens, Turn
 from guard.v1 import moderation_pb2 as pb
 from tests.conftest import Running, health_of, run_server, serve_classifier, until
 
@@ -44,7 +44,9 @@ class FaultyModel:
         self.passes: list[int] = []  # requests of each
         self._model = model
 
-    def tokenise(self, conversation: Conversation, long_input: LongInput = "head-tail") -> tuple[Tokens, ...]:
+    def tokenise(
+        self, conversation: Conversation, long_input: LongInput = "head-tail", asked: tuple[Described, ...] = ()
+    ) -> tuple[Tokens, ...]:
         tokens = self._model.tokenise(conversation, long_input)
         self.tokenised += 1
         return tokens
