@@ -85,19 +85,23 @@ def product_rate(config: dict[str, Any], dtype: torch.dtype, rows: int) -> tuple
     shapes = [(hidden, qkv), (heads * dim, hidden), (hidden, 2 * inner), (inner, hidden)] * config["num_hidden_layers"]
     inputs = {width: torch.randn(rows, width, dtype=dtype) for width in {width for width, _ in shapes}}
     weights = [torch.randn(out, width, dtype=dtype) for width, out in shapes]
-    packed = [torch.ops.mkldnn._reorder_linear_weight(weight, None) for weight in weights]
 
     def plain() -> None:
         for weight in weights:
             torch.nn.functional.linear(inputs[weight.shape[1]], weight)
 
-    def reordered() -> None:
-        for (width, _), weight in zip(shapes, packed, strict=True):
-            torch.ops.mkldnn._linear_pointwise(inputs[width], weight, None, "none", [], "")
+    forms = [plain]
+    if dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        packed = [torch.ops.mkldnn._reorder_linear_weight(weight, None) for weight in weights]
 
+        def reordered() -> None:
+            for (width, _), weight in zip(shapes, packed, strict=True):
+                torch.ops.mkldnn._linear_pointwise(inputs[width], weight, None, "none", [], "")
+
+        forms.append(reordered)
     flop = 2.0 * sum(width * out for width, out in shapes)
     with torch.inference_mode():
-        best = min(min(_timed(form) for _ in range(4)) for form in (plain, reordered))
+        best = min(min(_timed(form) for _ in range(4)) for form in forms)
     return flop * rows / best, flop
 
 

@@ -83,3 +83,21 @@ def test_settings_cannot_be_changed() -> None:
     """The object that was handed down stays what it was."""
     with pytest.raises(ValidationError, match="frozen"):
         Settings().threads = 4  # type: ignore[misc]
+
+
+def test_a_model_that_is_computed_elsewhere(tmp_path: Path) -> None:
+    """A URL in place of a directory names both, and what the model is called there."""
+    url = f"openai+http://localhost:8000/v1?tokenizer={tmp_path}&model=lg"
+    settings = Settings.load({"model": url}, {})
+    assert (settings.model, settings.endpoint, settings.endpoint_model) == (tmp_path, "http://localhost:8000/v1", "lg")
+    settings = Settings.load({}, {"GUARD_MODEL": f"openai+https://host/v1?tokenizer={tmp_path}"})
+    assert (settings.endpoint, settings.endpoint_model) == ("https://host/v1", None)
+    assert Settings.load({"model": str(tmp_path), "endpoint": "http://host/v1"}, {}).endpoint == "http://host/v1"
+
+
+@pytest.mark.parametrize(
+    "url", ["openai+http://host/v1", "openai+ftp://host?tokenizer=.", "openai+http://h?tokenizer=.&key=x"]
+)
+def test_a_url_that_says_too_little_or_too_much(url: str) -> None:
+    with pytest.raises(ConfigError, match="openai\\+http://HOST:PORT/v1\\?tokenizer=DIR"):
+        Settings.load({"model": url}, {})

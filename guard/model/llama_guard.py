@@ -182,6 +182,8 @@ class Asking:
 def _log_sum(logits: Iterable[float]) -> float:
     found = list(logits)
     most = max(found)
+    if most == -math.inf:  # a server need not tell what is unlikely
+        return most
     return most + math.log(math.fsum(math.exp(logit - most) for logit in found))
 
 

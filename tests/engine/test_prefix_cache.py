@@ -151,6 +151,36 @@ def test_tenants_share_nothing() -> None:
     assert cached.read(tokens_of(SAID[:100], "one")) == 1
 
 
+def test_what_is_no_ones_is_read_once_for_all() -> None:
+    """Whole pages of it, for any tenant and for none; what follows is each tenant's own."""
+    cached = Cache(32)
+
+    def prompt(tenant: str | None, end: int) -> Tokens:
+        return replace(tokens_of([*SAID[:150], *SAID[200:end]], tenant), shared=150)
+
+    assert cached.read(prompt("one", 300)) == 250
+    assert cached.read(prompt(None, 300)) == 250 - 2 * PAGE
+    assert cached.held == 4
+    assert cached.read(prompt("two", 300)) == 250 - 2 * PAGE
+    assert cached.read(prompt("two", 300)) == 1
+    assert cached.cache.unread(prompt(None, 300)) == 250 - 2 * PAGE
+    assert cached.read(replace(prompt("two", 300), shared=100)) == 250 - PAGE  # a page that is not all no one's
+
+
+def test_what_is_not_worth_it_is_not_kept() -> None:
+    """The end of a prompt, which stands elsewhere the next time: the page before it is gone on in."""
+    cached = Cache(3)
+
+    def prompt(said: int) -> Tokens:
+        return replace(tokens_of([*SAID[:said], *range(5000, 5040)]), kept=said)
+
+    assert cached.read(prompt(130)) == 170
+    assert cached.held == 3
+    assert cached.read(prompt(140), seconds=0) == 50
+    assert cached.read(prompt(150), seconds=0) == 50
+    assert cached.read(prompt(150), seconds=0) == 40
+
+
 def test_what_was_used_longest_ago_goes_first() -> None:
     """A page follows what it stands on into oblivion, or goes before it."""
     cached = Cache(4)
@@ -192,14 +222,18 @@ beginnings = st.tuples(st.sampled_from([0, 0, 0, 2000]), st.integers(1, 300)).ma
     lambda of: range(of[0], of[0] + of[1])
 )
 sequences = st.builds(
-    lambda parts, tenant, turns: tokens_of(
-        ids := [token for part in parts for token in part], tenant, sorted({*turns[: len(ids)], len(ids)})
+    lambda parts, tenant, turns, kept, shared: replace(
+        tokens_of(ids := [token for part in parts for token in part], tenant, sorted({*turns[: len(ids)], len(ids)})),
+        kept=None if kept is None else min(kept, len(ids)),
+        shared=min(shared, len(ids) if kept is None else kept),
     ),
     st.lists(
         beginnings | st.just([END]) | st.lists(st.integers(0, 2), min_size=1, max_size=30), min_size=1, max_size=3
     ),
     st.sampled_from(["one", "one", "two", None]),
     st.sampled_from([[], [1]]),
+    st.none() | st.integers(0, 300),
+    st.sampled_from([0, 0, 64, 100, 200]),
 )
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -86,8 +87,9 @@ def test_one_prefill_says_what_generate_does(llama_guards: Mapping[Shape, Path],
         assert math.log(found.unsafe / (1 - found.unsafe)) == pytest.approx(
             float(logits[unsafe] - logits[safe]), abs=1e-3
         )
-        if answer.startswith("unsafe\nS") and shape != "2":  # where a code is one token, the likeliest is taken
-            assert answer.split("\n")[1] == "S" + max(found.hazards, key=lambda name: found.hazards[name])[1:]
+        named = re.match(r"unsafe\n(S\d+)", answer)
+        if named and shape != "2":  # where a code is one token, the likeliest is taken
+            assert named[1] == max(found.hazards, key=lambda name: found.hazards[name])
     assert {"safe", "unsa"} <= set(answers)
 
 
@@ -245,7 +247,11 @@ def test_a_damaged_checkpoint(llama_guards: Mapping[Shape, Path], tmp_path: Path
         LlamaGuard(path, "cpu", "float32")
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+_VNNI = torch.cpu.get_capabilities().get("avx512_vnni", False)
+_SLOW = pytest.mark.skipif(not _VNNI, reason="without such instructions products of int8 take minutes")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("int8", marks=_SLOW)])
 def test_other_types_are_close(llama_guards: Mapping[Shape, Path], dtype: str) -> None:
     model = LlamaGuard(llama_guards["8b"], "cpu", dtype)
     said = [conversation(seed) for seed in range(20)]

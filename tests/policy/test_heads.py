@@ -1,5 +1,6 @@
 """Categories of one's own: what a policy says of its examples, and what stands beside it once they were learned."""
 
+import gzip
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +11,12 @@ from safetensors.numpy import save_file
 
 from guard.errors import ConfigError, PolicyError
 from guard.policy.decide import decide
+from guard.policy.examples import few
 from guard.policy.heads import check_model, digest, heads_file, make_head, read_heads, write_heads
 from guard.policy.read import read_policy
 from guard.policy.store import PolicyStore, load_policy
 from guard.policy.testing import files_of, run
-from guard.types import Action, Head, ModelInfo, Revision, Role, Scores
+from guard.types import DEFINITIONS, HAZARDS, Action, Described, Head, ModelInfo, Revision, Role, Scores
 from tests.policy.files import CALIBRATION
 
 SHOP = """\
@@ -208,3 +210,91 @@ def test_a_store_has_the_heads_of_all_its_policies(shop: Path) -> None:
         Action.BLOCK,
         Action.BLOCK,
     ]
+
+
+ASKED = """\
+description: For a shop that asks a Llama Guard.
+categories:
+  discounts:
+    title: Discounts
+    definition: Promises a discount.
+    score: asked
+    thresholds:
+      agent: {block: 0.5}
+  gore:
+    title: Gore
+    hazards: [X2, S10]
+    thresholds:
+      user: {block: 0.5}
+"""
+ASKABLE = replace(MODEL, asks=3)
+
+
+def test_a_model_that_can_be_asked_needs_to_have_learned_nothing(shop: Path) -> None:
+    """Neither from examples, nor hazards of the taxonomy: all of it stands in the policy in words."""
+    policy = load_policy(shop)
+    check_model(policy, ASKABLE)
+    rivals = Described(
+        "rivals", "Competitors' products", "", (("Is the Aurix any better?", True), ("Where is my order?", False))
+    )
+    assert policy.described == (Described("S10", "Hate", DEFINITIONS["S10"]), rivals)
+    (shop.with_name("rivals.csv")).unlink()
+    write_heads(shop, {"rivals": head(shop)})
+    (described,) = load_policy(shop).described[1:]
+    assert described.name.startswith("rivals-")  # by which the model's answer is found, as a head's would be
+    assert described.examples == ()
+
+
+def test_a_category_that_is_only_asked_for(shop: Path) -> None:
+    """A Llama Guard is asked; no other model can serve it, and it says so."""
+    shop.write_text(ASKED)
+    policy = load_policy(shop)
+    check_model(policy, ASKABLE)
+    assert [one.name for one in policy.described] == ["S10", "X2", "discounts"]
+    action, (violation,) = decide(policy, Role.AGENT, Scores(0.9, {"discounts": 0.75, "S10": 0.0, "X2": 0.0}))
+    assert (action, violation.category, violation.score) == (Action.BLOCK, "discounts", 0.75)
+    with pytest.raises(PolicyError, match="guard is no Llama Guard checkpoint, which can be asked for discounts"):
+        check_model(policy, MODEL)
+    with pytest.raises(PolicyError, match="can be asked for 1 categories beside its own, not 2"):
+        check_model(policy, replace(MODEL, asks=1))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "problem"),
+    [
+        ("score: asked\n    hazards: [S1]", "expected no hazards beside `score: asked`"),
+        ("score: asked\n    examples: rivals.csv", "expected neither hazards nor another score beside `examples`"),
+    ],
+)
+def test_what_is_asked_for_is_fed_by_nothing_else(shop: Path, wrong: str, problem: str) -> None:
+    shop.write_text(ASKED.replace("score: asked", wrong))
+    assert problem in said(shop)
+
+
+def test_what_is_asked_for_has_thresholds_in_numbers(shop: Path) -> None:
+    shop.write_text(ASKED.replace("agent: {block: 0.5}", "agent: {block: {max_fpr: 0.01}}"))
+    assert "expected a number, since no model was measured on a category in words" in said(shop)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", "text,label\nyes one,1\nno,0\n,1\nnot said,\nyes two,unsafe\n" + "yes,1\n" * 9),
+        ("a.jsonl", '{"messages": [{"role": "user", "content": "yes one"}], "label": "unsafe"}\nnot JSON\n'
+         '{"turns": [{"role": "user", "content": "no"}], "unsafe": 0}\n[]\n{"messages": [1], "label": 1}\n'
+         '{"text": "yes\\ntwo", "label": 1}\n{"text": "yes", "label": 1}\n{"text": "too many", "label": 1}\n'),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("zipped", [False, True])
+def test_a_few_examples_are_shown(name: str, content: str, zipped: bool) -> None:
+    """The first three of either label that say what they are, short ones, each on a line."""
+    data = gzip.compress(content.encode()) if zipped else content.encode()
+    shown = few(name + ".gz" * zipped, data)
+    assert shown == (("yes one", True), ("yes two", True), ("yes", True), ("no", False))
+    assert few(name, b"text,label\n" + b"x" * 301 + b",1\n") == ()
+    assert few(name + ".gz", b"not zipped") == ()
+    assert few(name, "\xff".encode("latin-1")) == ()
+
+
+def test_every_hazard_is_told_in_words() -> None:
+    assert list(DEFINITIONS) == list(HAZARDS)
