@@ -1,8 +1,8 @@
 """A model directory: Hugging Face tensors as int8 safetensors, and `guard.json`, which vouches for every file.
 
-    guard.json            format, name, max_tokens, hazards, calibration, and the SHA-256 of each other file
+    guard.json            format, kind, name, max_tokens, hazards, calibration, and the SHA-256 of each other file
     config.json           the backbone's Hugging Face configuration
-    tokenizer.json        its tokenizer
+    tokenizer.json        its tokenizer; of a Llama Guard also tokenizer_config.json and its chat template
     model-*.safetensors   the tensors, in shards, and the index that says where each is
 
 A matrix [out, in] is stored as int8 with one float32 scale for each of its rows, `<name>_scale` [out]; vectors and the
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from shutil import copyfile
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -193,9 +194,16 @@ def save_checkpoint(
     max_tokens: int,
     hazards: tuple[str, ...],
     calibration: Calibration,
+    kind: Kind = "turn-classifier",
+    documents: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Writes a model directory; matrices become int8 with a scale for each row, `guard.json` comes last."""
+    """Writes a model directory; matrices become int8 with a scale for each row, `guard.json` comes last.
+
+    `documents` are further files that it vouches for, by name.
+    """
     path.mkdir(parents=True, exist_ok=True)
+    for document, text in documents.items():
+        (path / document).write_text(text, encoding="utf-8")
     (path / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     (path / _TOKENIZER).write_text(tokenizer_json, encoding="utf-8")
     shards = _fill_shards(tensors)
@@ -209,11 +217,12 @@ def save_checkpoint(
     (path / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     manifest = _Manifest(
         format=2,
+        kind=kind,
         name=name,
         max_tokens=max_tokens,
         hazards=hazards,
         calibration={role: dict(fits) for role, fits in calibration.items()},
-        files={file: _digest(path / file) for file in (_CONFIG, _TOKENIZER, _INDEX, *names)},
+        files={file: _digest(path / file) for file in (_CONFIG, _TOKENIZER, *documents, _INDEX, *names)},
     )
     (path / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
 

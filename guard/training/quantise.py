@@ -11,13 +11,14 @@ from scipy.fft import dct
 from scipy.linalg import hadamard
 from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from guard.model.kernels import span_of, turned
 from guard.training.data import Example
 from guard.training.evaluate import Floats, labels
 from guard.training.finetune import Batch, TurnModel, rounded
 
+_SMOOTHED = ("self_attn.o_proj", "mlp.down_proj")  # whose inputs no norm comes before
 _LEAST = 1e-5
 _EVERY = 13  # of the tokens is enough to choose a strength
 _STRENGTHS = [tenths / 10 for tenths in range(11)]
@@ -26,11 +27,14 @@ _MOST_VERDICTS_CHANGED = 0.01
 
 
 def even(
-    model: TurnModel, batches: Iterable[Batch], more: Mapping[str, Tensor] = MappingProxyType({})
+    model: TurnModel | LlamaForCausalLM,
+    batches: Iterable[Batch | Tensor],
+    more: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> dict[str, Tensor]:
     """The model's tensors, such that it computes the same, but with channels of activations that differ less in size.
 
-    `more` stand in for those of their names: a head with outputs beyond the taxonomy.
+    `more` stand in for those of their names: a head with outputs beyond the taxonomy. A language model is given token
+    ids [rows, tokens] without padding; its head comes back apart from the embedding, where they were tied.
     A row of activations is rounded to int8 by one scale, which its largest channel decides. So the residual stream is
     rotated, which makes its channels alike (QuaRot: Ashkboos et al., arXiv:2404.00456); and what is large on `batches`
     among the channels of values and of the gated product is divided in the rows of the matrix that they come from, and
@@ -42,7 +46,7 @@ def even(
     tensors = {name: tensor.clone() for name, tensor in {**model.state_dict(), **more}.items()}
     _rotate(tensors, config)
     kv_heads = config.num_key_value_heads or config.num_attention_heads
-    dim = config.hidden_size // config.num_attention_heads
+    dim = config.head_dim or config.hidden_size // config.num_attention_heads
 
     def shared(divisor: Tensor) -> Tensor:
         """The query heads of a group read the same values."""
@@ -87,7 +91,7 @@ def _rotate(tensors: dict[str, Tensor], config: LlamaConfig) -> None:
         writes(f"{block}.self_attn.o_proj")
         reads(f"{block}.post_attention_layernorm", f"{block}.mlp.gate_proj", f"{block}.mlp.up_proj")
         writes(f"{block}.mlp.down_proj")
-    reads("model.norm", "score")
+    reads("model.norm", "lm_head" if "lm_head.weight" in tensors else "score")
 
 
 def _divisor(
@@ -108,8 +112,8 @@ def _divisor(
     return min((tied(rows**strength / columns ** (1 - strength)) for strength in _STRENGTHS), key=error)
 
 
-def _inputs(model: TurnModel, batches: Iterable[Batch]) -> dict[str, Tensor]:
-    """What each linear layer gets for some of the tokens, padding apart; [tokens, in]."""
+def _inputs(model: TurnModel | LlamaForCausalLM, batches: Iterable[Batch | Tensor]) -> dict[str, Tensor]:
+    """What each layer of `_SMOOTHED` gets for some of the tokens, padding apart; [tokens, in]."""
     found: dict[str, list[Tensor]] = defaultdict(list)
     real = torch.tensor([])
 
@@ -122,13 +126,17 @@ def _inputs(model: TurnModel, batches: Iterable[Batch]) -> dict[str, Tensor]:
     hooks = [
         module.register_forward_pre_hook(note(name.removeprefix("_orig_mod.")))
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name != "score"
+        if name.endswith(_SMOOTHED)
     ]
     try:
         with torch.inference_mode():
             for batch in batches:
-                real = batch.sequence > 0
-                model(batch)
+                if isinstance(batch, Batch):
+                    real = batch.sequence > 0
+                    model(batch)
+                else:
+                    real = torch.ones_like(batch, dtype=torch.bool)
+                    model.model(batch, use_cache=False)  # without the head, whose logits are of the whole vocabulary
     finally:
         for hook in hooks:
             hook.remove()

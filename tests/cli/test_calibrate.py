@@ -1,15 +1,21 @@
 """`guard calibrate` and `guard quantize`, of a model of random weights."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from guard.errors import CheckpointError
 from guard.model.checkpoint import read_checkpoint
+from guard.model.kinds import load_classifier
+from guard.settings import Settings
 from guard.training.formats import read_examples
 from guard.training.pipeline import score
 from guard.types import Role
 from tests.cli.command import guard
+from tests.model.llama_guards import Shape
 from tests.training.tiny import colours
 from tests.training.untrained import write_model
 
@@ -61,6 +67,41 @@ async def test_int8_is_allowed_where_it_agrees(tmp_path: Path, rows: Path) -> No
     assert 0 < products["unsafe_max_difference"] < 0.2
     good = products["verdicts_changed"] <= 0.01 and products["auprc_lost"] <= 0.003
     assert read_checkpoint(tmp_path / "new").int8 is good
+
+
+@pytest.mark.parametrize("shape", ["1b", "8b"])
+async def test_a_llama_guard_is_quantised(tmp_path: Path, llama_guards: Mapping[Shape, Path], shape: Shape) -> None:
+    """What comes of it is loaded as its source is, scores alike, and says truly how far int8 moves it."""
+    path, source, out = tmp_path / "rows.csv", llama_guards[shape], tmp_path / "new"
+    path.write_text("text,label\nI will kill you,1\nHow to bake bread?,0\n")
+    result = await guard("quantize", path, "--model", source, "--out", out)  # of few rows: some CPUs take long for int8
+    assert (result.code, result.err) == (0, "")
+    rows, said = read_examples(path), json.loads(result.out)
+    exact, near = score(source, rows, "float32"), score(out, rows, "float32")
+    assert exact.shape == (2, 14 if shape == "1b" else 15)
+    assert abs(near - exact).max() < 0.05
+    assert said["weights"]["unsafe_max_difference"] == round(abs(near - exact)[0, 0], 4)
+    far = np.abs(score(out, rows, "int8") - exact)[:, 0]
+    assert far.mean() < 0.1
+    assert said["products"]["unsafe_max_difference"] == round(far.max(), 4)
+    checkpoint = read_checkpoint(out)
+    assert (checkpoint.kind, checkpoint.name, checkpoint.hazards) == ("llama-guard", source.name, ())
+    assert checkpoint.int8 is (said["products"]["verdicts_changed"] <= 0.01 and said["products"]["auprc_lost"] <= 0.003)
+
+    settings = Settings.load({"model": out, "device": "cpu", "dtype": "float32"}, {})
+    assert load_classifier(settings).info.revision.revision == checkpoint.revision
+    template = out / ("chat_template.jinja" if shape == "1b" else "tokenizer_config.json")
+    template.write_bytes(template.read_bytes().replace(b"Privacy", b"Secrets"))
+    with pytest.raises(CheckpointError, match=rf"^{template}: its SHA-256 is not the one in guard.json$"):
+        load_classifier(settings)
+
+
+async def test_a_llama_guard_is_not_calibrated(tmp_path: Path, rows: Path, llama_guards: Mapping[Shape, Path]) -> None:
+    """It has no fit that could be changed."""
+    model = llama_guards["8b"]
+    result = await guard("calibrate", rows, "--model", model, "--out", tmp_path / "new")
+    assert (result.code, result.out) == (2, "")
+    assert result.err == f"error: {model}: is a Llama Guard checkpoint, whose probabilities are not fitted\n"
 
 
 @pytest.mark.parametrize("command", ["calibrate", "quantize"])

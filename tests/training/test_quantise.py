@@ -4,7 +4,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from guard.model.chat import ChatTokenizer
 from guard.training.calibrate import predict
@@ -47,6 +47,31 @@ def test_evening_out_changes_no_logit_and_rounding_hurts_less(tmp_path: Path) ->
     np.testing.assert_allclose(logits(tensors, rounded=False), exact, rtol=1e-3, atol=1e-3 * abs(exact).max())
     lost, left = (abs(logits(own, rounded=True) - exact).mean() for own in (model.state_dict(), tensors))
     assert left < 0.5 * lost
+
+
+def test_evening_out_a_language_model_changes_no_logit() -> None:
+    """Its head is tied no longer, and its heads need not be as wide as its hidden state has room for."""
+    torch.manual_seed(4)
+    config = LlamaConfig(
+        vocab_size=80,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" in name:
+                weight.uniform_(0.5, 2)
+    ids = torch.randint(80, (3, 1, 40))
+    other = LlamaForCausalLM(LlamaConfig(**config.to_dict() | {"tie_word_embeddings": False})).eval()
+    other.load_state_dict(even(model, ids))
+    with torch.inference_mode():
+        torch.testing.assert_close(other(ids[:, 0]).logits, model(ids[:, 0]).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_training_rounds_as_much_as_products_of_int8_do(tmp_path: Path) -> None:
