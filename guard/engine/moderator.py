@@ -325,7 +325,7 @@ def _verdict(
 def _warm_up(classifier: Classifier, max_batch_tokens: int) -> float:
     """Runs small to full batches, so that whatever is compiled or cached is; the tokens a second of a full one."""
     conversation = Conversation((Turn(Role.USER, "warm up " * 30),), 0)  # as long as most are
-    (tokens,) = classifier.tokenise(conversation)
+    tokens = classifier.tokenise(conversation)[0]
     full = max(1, max_batch_tokens // len(tokens.ids))
     rows = 1
     while rows < full:

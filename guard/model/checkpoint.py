@@ -119,6 +119,13 @@ def read_checkpoint(path: Path) -> Checkpoint:
     )
 
 
+def read_kind(path: Path) -> str | None:
+    """What `guard.json` says that a directory is, unverified; None where there is none."""
+    if not (path / MANIFEST).exists():
+        return None
+    return str(_parse(path / MANIFEST, _read(path / MANIFEST)).get("kind", "turn-classifier"))
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """A directory's config.json. Raises CheckpointError where there is none."""
     return _parse(path / _CONFIG, _read(path / _CONFIG))

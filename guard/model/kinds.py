@@ -6,7 +6,7 @@ from types import MappingProxyType
 from typing import Protocol
 
 from guard.errors import CheckpointError
-from guard.model.checkpoint import MANIFEST, Kind, read_checkpoint, read_config
+from guard.model.checkpoint import MANIFEST, Kind, read_config, read_kind
 from guard.model.llama_guard import LlamaGuard, is_llama_guard
 from guard.model.remote import RemoteGuard
 from guard.model.turn_classifier import TurnClassifier
@@ -49,13 +49,17 @@ def kind_of(path: Path) -> Kind:
 
     Raises CheckpointError for a directory of no known kind.
     """
-    if (path / MANIFEST).exists():
-        return read_checkpoint(path).kind
+    said = read_kind(path)
+    if said is not None:
+        found = next((kind for kind in _LOADERS if kind == said), None)
+        if found is None:
+            raise CheckpointError(f"{path / MANIFEST}: kind: expected {' or '.join(_LOADERS)}, found {said!r}")
+        return found
     config = read_config(path)
     if not is_llama_guard(path):
-        found = ", ".join(config.get("architectures") or [str(config.get("model_type"))])
+        which = ", ".join(config.get("architectures") or [str(config.get("model_type"))])
         raise CheckpointError(
-            f"{path}: expected a model of Guard ({MANIFEST}) or a Llama Guard checkpoint, found {found} "
+            f"{path}: expected a model of Guard ({MANIFEST}) or a Llama Guard checkpoint, found {which} "
             "whose chat template has no UNSAFE CONTENT CATEGORIES"
         )
     return "llama-guard"

@@ -236,6 +236,9 @@ def test_what_is_served_follows_from_the_directory(llama_guards: Mapping[Shape, 
     (path / "config.json").write_text(json.dumps({"model_type": "gemma2"}))
     with pytest.raises(CheckpointError, match="found gemma2"):
         kind_of(path)
+    (path / "guard.json").write_text('{"kind": "oracle"}')
+    with pytest.raises(CheckpointError, match="kind: expected turn-classifier or llama-guard, found 'oracle'"):
+        kind_of(path)
 
 
 @pytest.mark.parametrize("damage", ["tokenizer.json", "model.safetensors", "config.json"])

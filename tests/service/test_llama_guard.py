@@ -100,6 +100,20 @@ async def test_the_whole_service_in_front_of_a_checkpoint(
     }
 
 
+async def test_each_category_by_itself(llama_guards: Mapping[Shape, Path], policies: Path) -> None:
+    """Its probability may be higher than that of `unsafe`; the overall one is that of a prompt with all of them."""
+    options: dict[str, Any] = {"device": "cpu", "dtype": "float32", "policies": policies, "model": llama_guards["8b"]}
+    async with run_server(load_moderator, **options) as running:
+        together = (await running.client.check([("user", KILL)])).verdict.scores
+    async with run_server(load_moderator, **options, ask="each") as running:
+        each = (await running.client.check([("user", KILL)])).verdict.scores
+    assert each.hazards.keys() == together.hazards.keys()
+    assert each.unsafe == pytest.approx(together.unsafe, abs=1e-6)
+    assert sum(together.hazards.values()) == pytest.approx(together.unsafe, rel=1e-5)
+    assert all(0 < score < 1 for score in each.hazards.values())
+    assert sum(each.hazards.values()) != pytest.approx(each.unsafe, rel=1e-3)
+
+
 def test_a_policy_that_asks_too_much_is_not_served(llama_guards: Mapping[Shape, Path], policies: Path) -> None:
     """Too many categories, or too many words about them: told at the start."""
     long = POLICY.replace("Praises what", "Praises " + "and much more " * 2000 + "what")
