@@ -82,7 +82,11 @@ class TorchKernels:
         goes through memory, or as float32 where it is added to the `residual`.
         """
         if scales is not None:
-            return _integer_linear(weight, bias, scales, torch.float32 if residual else torch.bfloat16, self.quantise)
+            dtype = torch.float32 if residual else torch.bfloat16
+            if _overflows():
+                whole = TorchKernels.linear(self, weight.float(), None)
+                return _whole_linear(whole, bias, scales, dtype, self.quantise)
+            return _integer_linear(weight, bias, scales, dtype, self.quantise)
         if not torch.backends.mkldnn.is_available() or (
             weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
         ):
@@ -259,6 +263,25 @@ def _floats(rows: Rows) -> Tensor:
 
 def _biased(rows: Scaled, bias: Tensor | None) -> Rows:
     return rows if bias is None else (_floats(rows) + bias).to(rows.values.dtype)
+
+
+def _overflows() -> bool:
+    """Whether oneDNN's products of bytes are wrong here: x86 without VNNI adds two of them in 16 bits."""
+    processor = torch.cpu.get_capabilities()
+    return processor.get("architecture") == "x86_64" and not (processor["avx512_vnni"] or processor["avx_vnni"])
+
+
+def _whole_linear(
+    product: Linear, bias: Tensor | None, scales: Tensor, dtype: torch.dtype, quantise: Callable[[Tensor], Scaled]
+) -> Linear:
+    """What `_integer_linear` gives, by a product of float32, which is exact as long as sums stay below 2^24."""
+
+    def linear(x: Rows) -> Rows:
+        x = quantise(x) if isinstance(x, Tensor) else x
+        y = _floats(product(x.values.float() - 128)) * scales
+        return _biased(Scaled(y.to(dtype), x.scales), bias)
+
+    return linear
 
 
 def _integer_linear(

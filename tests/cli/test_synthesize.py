@@ -75,7 +75,7 @@ async def test_what_the_model_thinks_otherwise_of_comes_first(tmp_path: Path, mo
     assert sorted(row["source_labels"]["asked_for"] for row in found) == [0] * 4 + [1] * 4
     disagreements = [row["source_labels"]["disagreement"] for row in found]
     assert disagreements == sorted(disagreements, reverse=True)
-    served = TurnClassifier(model, "cpu", "int8", 1)
+    served = TurnClassifier(model, "cpu", "auto", 1)
     for row in found:
         conversation = Record.model_validate(row).example().conversation
         score = served.score(served.tokenise(conversation))[0][0].unsafe

@@ -250,11 +250,7 @@ def test_a_damaged_checkpoint(llama_guards: Mapping[Shape, Path], tmp_path: Path
         LlamaGuard(path, "cpu", "float32")
 
 
-_VNNI = torch.cpu.get_capabilities().get("avx512_vnni", False)
-_SLOW = pytest.mark.skipif(not _VNNI, reason="without such instructions products of int8 take minutes")
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("int8", marks=_SLOW)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_other_types_are_close(llama_guards: Mapping[Shape, Path], dtype: str) -> None:
     model = LlamaGuard(llama_guards["8b"], "cpu", dtype)
     said = [conversation(seed) for seed in range(20)]
