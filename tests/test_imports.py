@@ -24,6 +24,7 @@ HEIGHT = {part: height for height, layer in enumerate(LAYERS) for part in layer}
 OWNERS = {
     "torch": {"model", "training"},
     "transformers": {"model", "training"},
+    "peft": {"training"},
     "grpc": {"v1", "client", "service", "cli"},
     "yaml": {"policy"},
     "ruamel": {"policy", "training"},

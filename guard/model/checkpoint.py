@@ -103,7 +103,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             raise CheckpointError(f"{path / MANIFEST}: {name!r} is neither JSON nor safetensors in this directory")
         if _digest(path / name) != digest:
             raise CheckpointError(f"{path / name}: its SHA-256 is not the one in {MANIFEST}")
-    read = {_CONFIG, _TOKENIZER, _INDEX, *(shard.name for shard in _shards(path))}
+    read = {_CONFIG, _TOKENIZER, _INDEX, *(shard.name for shard in tensor_files(path))}
     if unvouched := read - manifest.files.keys():
         raise CheckpointError(f"{path / MANIFEST}: files lacks {', '.join(sorted(unvouched))}")
     return Checkpoint(
@@ -139,7 +139,7 @@ def load_tensors(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
     Raises CheckpointError, naming the file, where one is missing or no safetensors.
     """
     tensors: dict[str, Tensor] = {}
-    for shard in _shards(path):
+    for shard in tensor_files(path):
         try:
             stored = load_file(shard)
             tensors |= as_integers(stored) if dtype == torch.int8 else _dequantised(stored, dtype)
@@ -262,7 +262,7 @@ def extend_checkpoint(
     """
     copy_checkpoint(base.path, path)
     rows = {"score.weight": weight.float()[None], "score.bias": bias.float()[None]}
-    for shard in _shards(base.path):
+    for shard in tensor_files(base.path):
         stored = load_file(shard)
         if extended := {tensor: torch.cat([stored[tensor], row]) for tensor, row in rows.items() if tensor in stored}:
             (path / shard.name).write_bytes(serialise(stored | extended, metadata={"format": "pt"}))
@@ -304,8 +304,8 @@ def _keeps_float32(name: str, tensor: Tensor) -> bool:
     return tensor.ndim < 2 or name.startswith("score.")
 
 
-def _shards(path: Path) -> list[Path]:
-    """The files of tensors, as the index names them, or the only one."""
+def tensor_files(path: Path) -> list[Path]:
+    """The files of tensors of a directory, as the index names them, or the only one."""
     if not (path / _INDEX).exists():
         return [path / _SINGLE]
     weight_map = _parse(path / _INDEX, _read(path / _INDEX)).get("weight_map")

@@ -43,7 +43,7 @@ class Answers:
     def __init__(self, tokenizer: PromptTokenizer, lead: str, ends: Iterable[int]) -> None:
         """`ends` are the tokens that end an answer. CheckpointError where the tokens of answers do not branch so."""
         self._tokenizer = tokenizer
-        self._lead = lead
+        self.lead = lead
         safe, unsafe = (tokenizer.answer(lead + word) for word in ("safe", "unsafe"))
         self.first = {safe[0], unsafe[0]}
         self.opening = common([safe, unsafe])
@@ -59,7 +59,7 @@ class Answers:
 
     def _naming(self, count: int) -> "Naming | None":
         """For the first so many codes; None where their tokens branch in more ways than one pass can read."""
-        codes = [self._tokenizer.answer(f"{self._lead}unsafe\n{code}") for code in self._tokenizer.codes(count)]
+        codes = [self._tokenizer.answer(f"{self.lead}unsafe\n{code}") for code in self._tokenizer.codes(count)]
         root = common(codes)
         rests = [code[len(root) :] for code in codes]
         longer = {rest[0] for rest in rests if len(rest) > 1}

@@ -40,8 +40,12 @@ def load_base(path: Path) -> Base:
     return Base(LlamaConfig.from_pretrained(path), load_tensors(path, torch.float32), tokenizer_json)
 
 
-def load_language_model(path: Path, dtype: torch.dtype) -> LlamaForCausalLM:
-    """A directory's Llama with the head that it has, or that its embedding stands in for; on the CPU.
+def load_language_model(
+    path: Path,
+    dtype: torch.dtype,
+    device: torch.device = torch.device("cpu"),  # noqa: B008 # it does not change
+) -> LlamaForCausalLM:
+    """A directory's Llama, all of a type of floats, with the head that it has or that its embedding stands in for.
 
     Raises ConfigError for an incomplete one, and CheckpointError where a file is missing or damaged.
     """
@@ -49,12 +53,13 @@ def load_language_model(path: Path, dtype: torch.dtype) -> LlamaForCausalLM:
     config._attn_implementation = "sdpa"
     with torch.device("meta"):  # where no time goes into weights that are not kept
         model = LlamaForCausalLM(config)
-    loaded = model.load_state_dict(load_tensors(path, dtype), strict=False, assign=True)
+    tensors = {name: tensor.to(device, dtype) for name, tensor in load_tensors(path, dtype).items()}  # vectors too
+    loaded = model.load_state_dict(tensors, strict=False, assign=True)
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     if lacking := {*loaded.missing_keys} - tied:
         raise ConfigError(f"{path}: lacks {', '.join(sorted(lacking))}")
     model.tie_weights()
-    model.model.rotary_emb = LlamaRotaryEmbedding(config)  # which is in no file
+    model.model.rotary_emb = LlamaRotaryEmbedding(config).to(device)  # which is in no file
     model.eval()
     return model
 

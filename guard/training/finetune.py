@@ -338,7 +338,7 @@ def fingerprint(recipe: Recipe, examples: Sequence[Example]) -> str:
 _At = tuple[int, int, int]
 
 
-def save(model: TurnModel, optimizer: torch.optim.Optimizer, path: Path, at: _At, run: str) -> None:
+def save(model: nn.Module, optimizer: torch.optim.Optimizer, path: Path, at: _At, run: str) -> None:
     """Weights, the optimizer's moments and how far it is, in one file that appears whole or not at all."""
     tensors = dict(model.state_dict())
     for name, parameter in model.named_parameters():
@@ -350,7 +350,7 @@ def save(model: TurnModel, optimizer: torch.optim.Optimizer, path: Path, at: _At
     partial.replace(path)
 
 
-def restore(model: TurnModel, optimizer: torch.optim.Optimizer, path: Path, run: str) -> _At:
+def restore(model: nn.Module, optimizer: torch.optim.Optimizer, path: Path, run: str) -> _At:
     """Puts weights and moments back, and says how far they had come; raises ConfigError for another run's."""
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.cli.command import guard
+from tests.model.llama_guards import Shape
 from tests.training.tiny import RECIPE, colours, write_base, write_rows
 from tests.training.untrained import write_model
 
@@ -91,18 +93,48 @@ async def test_a_category_that_was_added_is_scored(tmp_path: Path) -> None:
     assert list(answer["verdict"]["scores"]["hazards"])[-1] == "fruit"
 
 
+async def test_a_llama_guard_is_fine_tuned(tmp_path: Path, llama_guards: Mapping[Shape, Path]) -> None:
+    """What comes of it is a checkpoint as its base is, which can be served; the run may be asked for again."""
+    base, rows, out = llama_guards["1b"], tmp_path / "rows.csv", tmp_path / "out"
+    rows.write_text("text,label,categories\nHow do I bake bread?,0,\nI will kill him.,1,S1 X1\n")
+    options = ("--lora", f"--base={base}", f"--data={rows}", f"--out={out}", f"--work={tmp_path / 'work'}", "--steps=2")
+    trained = await guard("train", *options, "--rank=4")
+    assert trained.code == 0
+    assert trained.err.startswith("step 2 of 2, loss ")
+    found = json.loads(trained.out)
+    assert (found["rows"], found["unsafe"], found["steps"]) == (2, 1, 2)
+    assert {file.name for file in out.iterdir()} == {file.name for file in base.iterdir()}
+    for file in (file for file in base.iterdir() if file.suffix != ".safetensors"):
+        assert (out / file.name).read_bytes() == file.read_bytes()
+    answer = json.loads((await guard("check", "--json", "--model", out, "--", "I will kill him.")).out)
+    assert answer["provenance"]["model"] == "out"
+
+    again = await guard("train", *options, "--rank=4")
+    assert (again.code, again.err, json.loads(again.out)["loss"]) == (0, "", None)
+    other = await guard("train", *options, "--rank=8")
+    problem = "is of a run by another recipe or on other rows"
+    assert (other.code, other.err) == (2, f"error: {tmp_path / 'work/lora.safetensors'}: {problem}\n")
+
+
+NEEDED = "needs --base and --work, --lora with --base, or --head-only with --from and --category"
 WHOLE, ADDED = ("--base=b", "--work=w"), ("--head-only", "--from=default", "--category=fruit")
 
 
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        ((), "needs --base and --work, or --head-only with --from and --category"),
-        (("--work=w",), "needs --base and --work, or --head-only with --from and --category"),
-        (ADDED[:2], "needs --base and --work, or --head-only with --from and --category"),
+        ((), NEEDED),
+        (("--work=w",), NEEDED),
+        (ADDED[:2], NEEDED),
         ((*WHOLE, *ADDED[1:]), "--from, --category: not without --head-only"),
         ((*WHOLE, "--steps=1", "--no-compile", *ADDED), "--base, --work, --steps, --no-compile: not with --head-only"),
         (ADDED, "none.csv: cannot be read: FileNotFoundError"),
+        (("--lora", "--base=b", "--work=w"), "none.csv: cannot be read: FileNotFoundError"),
+        (("--lora", "--steps=1"), "--lora needs --base"),
+        (("--lora", *WHOLE, *ADDED), "--head-only, --from, --category: not with --lora"),
+        (("--lora", "--recipe=r", "--no-compile", "--name=n"), "--recipe, --no-compile, --name: not with --lora"),
+        ((*WHOLE, "--rank=4", "--learning-rate=0.1"), "--rank, --learning-rate: not without --lora"),
+        ((*ADDED, "--rank=4"), "--rank: not without --lora"),
     ],
 )
 async def test_options_that_do_not_go_together_are_an_error_of_one_line(options: tuple[str, ...], problem: str) -> None:
