@@ -91,7 +91,7 @@ MISTAKES = {
     "unknown score": (
         "    hazards: [S10, X1]",
         "    score: safe",
-        "p.yaml:6:12: categories.hate.score: expected one of max, weighted, any, unsafe, found 'safe'"
+        "p.yaml:6:12: categories.hate.score: expected one of max, weighted, any, unsafe, asked, found 'safe'"
         "; did you mean unsafe?",
     ),
     "threshold above 1": (
