@@ -24,8 +24,8 @@ from transformers.utils import logging
 from guard.engine.prefix_cache import PrefixCache
 from guard.model.llama_guard import LlamaGuard
 from guard.telemetry import Metrics
-from guard.types import Conversation, Tokens, Turn
-from tests.model.llama_guards import Prompts, make
+from guard.types import Conversation, Turn
+from tests.model.llama_guards import Prompts, generate, make
 from tests.model.test_llama_guard import conversation
 from tests.model.test_prompt import BREAKS
 
@@ -41,7 +41,7 @@ def main() -> None:
     logging.disable_progress_bar()
     with TemporaryDirectory() as name:
         path = Path(name) / "checkpoint"
-        make(path, "8b", layers=options.blocks, heads=options.heads, inner=2 * 64 * options.heads // 64 * 64 + 384)
+        make(path, "8b", layers=options.blocks, heads=options.heads, inner=192 * options.heads)
         model = LlamaGuard(path, "cpu", "float32")
         theirs: Any = transformers.LlamaForCausalLM.from_pretrained(path).eval()
         prompts = Prompts(path)
@@ -51,26 +51,12 @@ def main() -> None:
         _break_out(model, prompts)
 
 
-def _generate(theirs: Any, ids: Sequence[int]) -> Any:
-    whole = torch.tensor([ids])
-    with torch.inference_mode():
-        return theirs.generate(
-            whole,
-            attention_mask=torch.ones_like(whole),
-            max_new_tokens=8,
-            do_sample=False,
-            pad_token_id=0,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-
-
 def _agree(model: LlamaGuard, theirs: Any, prompts: Prompts, said: Sequence[Conversation]) -> None:
     same, furthest, unsafe_ones = 0, 0.0, 0
     safe, unsafe = (prompts.theirs.convert_tokens_to_ids(word) for word in ("safe", "unsafe"))
     for one in said:
         ids = prompts.ids([turn.text for turn in one.turns])
-        generated = _generate(theirs, ids)
+        generated = generate(theirs, ids)
         answer = prompts.theirs.decode(generated.sequences[0][len(ids) :]).strip()
         ((found,),) = model.score(model.tokenise(one))
         same += (found.unsafe > 0.5) == answer.startswith("unsafe")
@@ -90,13 +76,9 @@ def _time(model: LlamaGuard, theirs: Any, prompts: Prompts, said: Sequence[Conve
     def held(place: int) -> None:
         cache.score([replace(windows[place], tenant=None)])  # so that the prompt alone is held
 
-    def cold(place: int) -> list[Tokens]:
-        model.score([windows[place]])
-        return windows
-
     ways: dict[str, Callable[[int], Any]] = {
-        "generate()": lambda place: _generate(theirs, texts[place]),
-        "one prefill": cold,
+        "generate()": lambda place: generate(theirs, texts[place]),
+        "one prefill": lambda place: model.score([windows[place]]),
         "one prefill, prompt held": held,
     }
     spent: dict[str, list[float]] = {way: [] for way in ways}

@@ -224,6 +224,25 @@ class Llama:
         return out
 
 
+class OnPages:
+    """What a model that computes with a Llama does with pages, for guard.engine.prefix_cache."""
+
+    _llama: Llama
+
+    @property
+    def page_bytes(self) -> int:
+        """What a page of keys and values takes."""
+        return self._llama.page_bytes
+
+    def reserve(self, pages: int) -> None:
+        """Makes so many pages of keys and values, for `score` to keep what it reads in."""
+        self._llama.reserve(pages)
+
+    def copy(self, source: int, target: int) -> None:
+        """What a page holds, into another page."""
+        self._llama.copy(source, target)
+
+
 def _sizes(room: Room) -> list[int]:
     """How long each table is in `_packed`."""
     sizes = [room.tokens, room.tokens, room.sequences + 1, room.reads]

@@ -17,7 +17,7 @@ import torch
 
 from guard.errors import CheckpointError, ModelFailed
 from guard.model.checkpoint import MANIFEST, load_tensors, read_checkpoint, read_config, take_rows
-from guard.model.llama import Llama, LlamaConfig
+from guard.model.llama import Llama, LlamaConfig, OnPages
 from guard.model.placement import place
 from guard.model.prompt import Frame, PromptTokenizer, common
 from guard.types import Conversation, Described, LongInput, ModelInfo, Prefix, Revision, Role, Scores, Tokens, Turn
@@ -264,7 +264,26 @@ def _rendered(tokenizer: Any, texts: Sequence[str], in_parts: bool) -> str:
     return rendered
 
 
-class LlamaGuard:
+class Asked:
+    """What models do alike that are asked in a prompt, wherever they are computed."""
+
+    _asking: Asking
+
+    def tokenise(
+        self, conversation: Conversation, long_input: LongInput = "head-tail", asked: tuple[Described, ...] = ()
+    ) -> tuple[Tokens, ...]:
+        """The windows to read for a conversation; `asked` are the categories to put into the prompt beside its own.
+
+        Raises InputError where a text is not valid Unicode, and CheckpointError where the categories leave no room.
+        """
+        return self._asking.tokenise(conversation, long_input, asked)
+
+    def token_ends(self, text: str) -> list[int]:
+        """After which characters of a text its tokens end."""
+        return self._asking.tokenizer.ends(text)
+
+
+class LlamaGuard(Asked, OnPages):
     """Tokens in, scores out; knows no policy. Calls must not overlap."""
 
     def __init__(
@@ -286,9 +305,10 @@ class LlamaGuard:
         self._columns = {
             token: column for column, token in enumerate(sorted({t for one in answers for t in one.tokens}))
         }
-        tensors = {name: tensor.to(where) for name, tensor in load_tensors(path, number).items()}
+        tensors = load_tensors(path, number)
         parameters = sum(tensor.numel() for name, tensor in tensors.items() if not name.endswith("_scale"))
-        head = take_rows(tensors, list(self._columns))
+        head = take_rows(tensors, list(self._columns)).to(where)  # first, since the rest of it need not go there
+        tensors = {name: tensor.to(where) for name, tensor in tensors.items()}
         self._llama = Llama(llama, tensors, kernels, kernels.linear(head, None))
         self._asking = Asking(tokenizer, likeliest(answers, tokenizer, self._read), longest_prompt(config), ask)
         self.info = ModelInfo(
@@ -301,32 +321,6 @@ class LlamaGuard:
             hazards=tokenizer.names,
             asks=self._asking.further,
         )
-
-    def tokenise(
-        self, conversation: Conversation, long_input: LongInput = "head-tail", asked: tuple[Described, ...] = ()
-    ) -> tuple[Tokens, ...]:
-        """The windows to read for a conversation; `asked` are the categories to put into the prompt beside its own.
-
-        Raises InputError where a text is not valid Unicode, and CheckpointError where the categories leave no room.
-        """
-        return self._asking.tokenise(conversation, long_input, asked)
-
-    def token_ends(self, text: str) -> list[int]:
-        """After which characters of a text its tokens end."""
-        return self._asking.tokenizer.ends(text)
-
-    @property
-    def page_bytes(self) -> int:
-        """What a page of keys and values takes."""
-        return self._llama.page_bytes
-
-    def reserve(self, pages: int) -> None:
-        """Makes so many pages of keys and values, for `score` to keep what it reads in."""
-        self._llama.reserve(pages)
-
-    def copy(self, source: int, target: int) -> None:
-        """What a page holds, into another page."""
-        self._llama.copy(source, target)
 
     def score(self, batch: Sequence[Tokens], prefixes: Sequence[Prefix] = ()) -> list[tuple[Scores, ...]]:
         """Scores for the judged turn of each element, in one pass; raises ModelFailed where one is not a number.

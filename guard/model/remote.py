@@ -15,6 +15,7 @@ from guard.errors import CheckpointError, ModelFailed
 from guard.model.checkpoint import read_config
 from guard.model.llama_guard import (
     Ask,
+    Asked,
     Asking,
     candidates,
     end_tokens,
@@ -23,13 +24,13 @@ from guard.model.llama_guard import (
     read_tokenizer,
     revision_of,
 )
-from guard.types import Conversation, Described, LongInput, ModelInfo, Revision, Scores, Tokens
+from guard.types import ModelInfo, Revision, Scores, Tokens
 
 _ALTERNATIVES = 20  # as many as servers tell
 _SECONDS = 60.0
 
 
-class RemoteGuard:
+class RemoteGuard(Asked):
     """Tokens in, scores out, of a model that is elsewhere. Calls must not overlap.
 
     What is not among the alternatives that the server tells counts as impossible.
@@ -71,19 +72,6 @@ class RemoteGuard:
             hazards=tokenizer.names,
             asks=self._asking.further,
         )
-
-    def tokenise(
-        self, conversation: Conversation, long_input: LongInput = "head-tail", asked: tuple[Described, ...] = ()
-    ) -> tuple[Tokens, ...]:
-        """The windows to read for a conversation; `asked` are the categories to put into the prompt beside its own.
-
-        Raises InputError where a text is not valid Unicode, and CheckpointError where the categories leave no room.
-        """
-        return self._asking.tokenise(conversation, long_input, asked)
-
-    def token_ends(self, text: str) -> list[int]:
-        """After which characters of a text its tokens end."""
-        return self._asking.tokenizer.ends(text)
 
     def score(self, batch: Sequence[Tokens]) -> list[tuple[Scores, ...]]:
         """Scores for the judged turn of each element, in one request; raises ModelFailed where there are none."""

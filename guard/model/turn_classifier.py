@@ -13,12 +13,12 @@ from guard.errors import CheckpointError, ModelFailed
 from guard.model.chat import ChatTokenizer
 from guard.model.checkpoint import load_tensors, read_checkpoint
 from guard.model.kernels import Linear, Rows
-from guard.model.llama import Llama, LlamaConfig
+from guard.model.llama import Llama, LlamaConfig, OnPages
 from guard.model.placement import place
 from guard.types import Conversation, Described, Head, LongInput, ModelInfo, Prefix, Revision, Role, Scores, Tokens
 
 
-class TurnClassifier:
+class TurnClassifier(OnPages):
     """Tokens in, calibrated scores out; knows no policy. Calls must not overlap."""
 
     def __init__(self, path: Path, device: str = "auto", dtype: str = "auto", threads: int = 0) -> None:
@@ -65,19 +65,6 @@ class TurnClassifier:
     def token_ends(self, text: str) -> list[int]:
         """After which characters of a text its tokens end."""
         return self._tokenizer.ends(text)
-
-    @property
-    def page_bytes(self) -> int:
-        """What a page of keys and values takes."""
-        return self._llama.page_bytes
-
-    def reserve(self, pages: int) -> None:
-        """Makes so many pages of keys and values, for `score` to keep what it reads in."""
-        self._llama.reserve(pages)
-
-    def copy(self, source: int, target: int) -> None:
-        """What a page holds, into another page."""
-        self._llama.copy(source, target)
 
     def score(self, batch: Sequence[Tokens], prefixes: Sequence[Prefix] = ()) -> list[tuple[Scores, ...]]:
         """Scores for each span of each element, in one pass; raises ModelFailed where a score is not a number.

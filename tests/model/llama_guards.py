@@ -199,3 +199,18 @@ class Prompts:
         """The tokens of it, as transformers reads it."""
         ids: list[int] = self.theirs(self.text(texts), add_special_tokens=False)["input_ids"]
         return ids
+
+
+def generate(model: Any, ids: Sequence[int]) -> Any:
+    """What a model of transformers answers to a prompt, greedily, with the logits of each token."""
+    whole = torch.tensor([ids])
+    with torch.inference_mode():
+        return model.generate(
+            whole,
+            attention_mask=torch.ones_like(whole),
+            max_new_tokens=8,
+            do_sample=False,
+            pad_token_id=0,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )

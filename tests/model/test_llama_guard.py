@@ -22,7 +22,7 @@ from guard.model.llama_guard import LlamaGuard
 from guard.settings import Settings
 from guard.telemetry import Metrics
 from guard.types import PAGE, Conversation, Described, Role, Scores, Tokens, Turn
-from tests.model.llama_guards import Prompts, Shape, make
+from tests.model.llama_guards import Prompts, Shape, generate, make
 
 SHAPES: tuple[Shape, ...] = ("1b", "8b", "2")
 OWN = Described("rivals", "Praise for rivals", "Praises what a competitor sells.")
@@ -66,17 +66,7 @@ def test_one_prefill_says_what_generate_does(llama_guards: Mapping[Shape, Path],
     for seed in range(40):
         said = conversation(seed)
         ids = prompts.ids([turn.text for turn in said.turns])
-        whole = torch.tensor([ids])
-        with torch.no_grad():
-            generated = theirs.generate(
-                whole,
-                attention_mask=torch.ones_like(whole),
-                max_new_tokens=8,
-                do_sample=False,
-                pad_token_id=0,
-                output_logits=True,
-                return_dict_in_generate=True,
-            )
+        generated = generate(theirs, ids)
         answer = prompts.theirs.decode(generated.sequences[0][len(ids) :], skip_special_tokens=True).strip()
         answers.append(answer[:4])
         (found,) = score(model, said)
@@ -209,9 +199,9 @@ def test_each_category_by_itself(llama_guards: Mapping[Shape, Path]) -> None:
     for name, own in zip((*model.info.hazards, "rivals"), found[1:], strict=True):
         assert own.unsafe == 0.0
         assert {code for code, probability in own.hazards.items() if probability} == {name}
-    words = [model.token_ends("x") and "".join(map(model._asking.tokenizer.text, tokens.ids)) for tokens in windows]
-    assert "S3: Sex Crimes." in words[3]
-    assert "S2: " not in words[3]
+    third = Prompts(path).theirs.decode(windows[3].ids)
+    assert "S3: Sex Crimes." in third
+    assert "S2: " not in third
 
 
 def test_a_snapshot_of_a_cache_is_named_after_its_model(llama_guards: Mapping[Shape, Path], tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from guard.errors import CheckpointError, InputError
 from guard.model.llama_guard import read_tokenizer
 from guard.model.prompt import PromptTokenizer
 from guard.types import Conversation, Coverage, Described, Role, Turn
-from tests.model.llama_guards import Prompts, Shape, template
+from tests.model.llama_guards import Prompts, Shape
 
 ROOM = 4096
 ROLES = {"user": Role.USER, "assistant": Role.AGENT}
@@ -199,11 +199,3 @@ def test_a_tokenizer_that_reads_otherwise(checkpoint: Path) -> None:
         PromptTokenizer(
             checkpoint / "tokenizer.json", theirs.text, lambda prompt: [*theirs.theirs(prompt)["input_ids"], 0]
         )
-
-
-def test_the_templates_differ_as_metas_do() -> None:
-    """In how they take texts, in where the prompt begins, and in whether a space comes before its end."""
-    assert "selectattr" in template("1b")
-    assert ". <|eot_id|>" in template("1b")
-    assert " <|begin_of_text|>" in template("8b")
-    assert ".<|eot_id|>" in template("8b")
