@@ -52,19 +52,21 @@ def main() -> None:
 
 
 def _agree(model: LlamaGuard, theirs: Any, prompts: Prompts, said: Sequence[Conversation]) -> None:
-    same, furthest, unsafe_ones = 0, 0.0, 0
+    same, answered, furthest, unsafe_ones = 0, 0, 0.0, 0
     safe, unsafe = (prompts.theirs.convert_tokens_to_ids(word) for word in ("safe", "unsafe"))
     for one in said:
         ids = prompts.ids([turn.text for turn in one.turns])
         generated = generate(theirs, ids)
         answer = prompts.theirs.decode(generated.sequences[0][len(ids) :]).strip()
         ((found,),) = model.score(model.tokenise(one))
-        same += (found.unsafe > 0.5) == answer.startswith("unsafe")
+        answered += answer.startswith(("safe", "unsafe"))  # or so small a model says neither
+        same += answer.startswith("unsafe" if found.unsafe > 0.5 else "safe")
         unsafe_ones += answer.startswith("unsafe")
         logits = generated.logits[0][0]
         gap = math.log(found.unsafe / (1 - found.unsafe)) - float(logits[unsafe] - logits[safe])
         furthest = max(furthest, abs(gap))
-    print(f"{len(said)} conversations: {same} verdicts as by generate(), {unsafe_ones} of them unsafe")
+    print(f"{len(said)} conversations: generate() says safe or unsafe in {answered}, unsafe in {unsafe_ones}")
+    print(f"verdicts of one prefill that are the same: {same}")
     print(f"largest difference of the logits' difference, unsafe - safe: {furthest:.2g}")
 
 
