@@ -2,22 +2,22 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import grpc
 
 from guard.errors import InputError
-from guard.policy.store import PolicyStore
 from guard.service import convert
 from guard.service.access import caller
+from guard.service.decisions import Decisions
 from guard.service.rollout import Rollout
 from guard.service.status import reason_of, to_item_error
 from guard.service.stream import Stream
 from guard.settings import Settings
 from guard.telemetry import Telemetry
-from guard.types import Conversation, Decision, Lane
+from guard.types import Decision, Lane
 from guard.v1 import moderation_pb2 as pb
 from guard.v1.moderation_pb2_grpc import ModerationServicer
 
@@ -26,31 +26,14 @@ _Item = TypeVar("_Item")
 _Answer = TypeVar("_Answer")
 
 
-class Journal(Protocol):
-    """What keeps decisions; it holds none of them up."""
-
-    def add(
-        self,
-        decision: Decision,
-        conversation: Conversation,
-        conversation_id: str,
-        metadata: Mapping[str, str],
-        policies: PolicyStore,
-    ) -> None: ...
-
-    def close(self) -> None: ...
-
-
 class Moderation(ModerationServicer):
     """Answers with Loading until the roll-out is started."""
 
-    def __init__(
-        self, settings: Settings, telemetry: Telemetry, rollout: Rollout, journals: Sequence[Journal] = ()
-    ) -> None:
+    def __init__(self, settings: Settings, telemetry: Telemetry, rollout: Rollout, decisions: Decisions) -> None:
         self._settings = settings
         self._telemetry = telemetry
         self._rollout = rollout
-        self._journals = journals
+        self._decisions = decisions
 
     async def Check(self, request: pb.CheckRequest, context: _Context) -> pb.CheckResponse:
         return await self._check(request, Lane.INTERACTIVE, _deadline(context))
@@ -91,7 +74,7 @@ class Moderation(ModerationServicer):
             return
         if not first.HasField("open"):
             raise InputError("open", "comes first")
-        stream = Stream(first.open, self._rollout, self._settings, self._telemetry, caller.get(), self._tell_of_turn)
+        stream = Stream(first.open, self._rollout, self._settings, self._telemetry, caller.get(), self._decisions.tell)
         with self._telemetry.metrics.streams.track_inprogress():
             async with aclosing(stream.answers(request_iterator)) as answers:
                 async for answer in answers:
@@ -112,38 +95,14 @@ class Moderation(ModerationServicer):
     async def _decide(
         self, request: pb.CheckRequest | pb.CheckConversationRequest, lane: Lane, deadline: float | None
     ) -> Decision:
-        conversation = convert.to_conversation(request, self._settings.max_turns)
-        policies = self._rollout.policies  # in force as the request comes, whatever is in force when it is answered
-        decision = await self._rollout.judge.judge(
-            conversation,
+        return await self._decisions.decide(
+            convert.to_conversation(request, self._settings.max_turns),
             policy=request.policy,
             lane=lane,
             deadline=deadline,
             metadata=request.metadata,
             conversation_id=request.conversation_id,
-            client=caller.get(),
         )
-        self._tell(decision, conversation, request.conversation_id, request.metadata, policies)
-        return decision
-
-    def _tell_of_turn(
-        self, decision: Decision, conversation: Conversation, conversation_id: str, metadata: Mapping[str, str]
-    ) -> None:
-        self._tell(decision, conversation, conversation_id, metadata, self._rollout.policies)
-
-    def _tell(
-        self,
-        decision: Decision,
-        conversation: Conversation,
-        conversation_id: str,
-        metadata: Mapping[str, str],
-        policies: PolicyStore,
-    ) -> None:
-        """Counts the decision, and leaves it to those who keep it."""
-        self._telemetry.metrics.decided(decision)
-        self._rollout.decided(decision)
-        for journal in self._journals:
-            journal.add(decision, conversation, conversation_id, metadata, policies)
 
     def _item_error(self, id: str, error: Exception) -> pb.CheckManyResponse:
         self._telemetry.metrics.refusals.labels(reason_of(error)).inc()

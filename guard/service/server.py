@@ -18,10 +18,11 @@ from guard.service.access import RateLimit, Tokens
 from guard.service.admin import Admin
 from guard.service.capture import Capture
 from guard.service.decision_log import DecisionLog
+from guard.service.decisions import Decisions, Journal
 from guard.service.http import make_app
 from guard.service.interceptors import Calls
 from guard.service.judge import Judge
-from guard.service.moderation import Journal, Moderation
+from guard.service.moderation import Moderation
 from guard.service.rollout import Rollout
 from guard.service.tls import Certificates
 from guard.settings import Settings
@@ -77,7 +78,8 @@ class Server:
                 ("grpc.so_reuseport", 0),  # a port that is taken is an error
             ],
         )
-        moderation = Moderation(settings, telemetry, self._rollout, self._journals)
+        decisions = Decisions(self._rollout, telemetry, self._journals)
+        moderation = Moderation(settings, telemetry, self._rollout, decisions)
         add_ModerationServicer_to_server(moderation, self._grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         services = [_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME]
