@@ -60,6 +60,12 @@ class Metrics:
             "stream_verdicts", "Verdicts on unfinished turns, by what they would do.", "action"
         )
         self.stream_cuts = counter("stream_cuts", "Turns that were cut while they were written, by policy.", "policy")
+        self.exchanges = counter(
+            "exchanges",
+            "HTTP exchanges that a proxy asked about, by API, and what was said of request and reply: an action, none, "
+            "unchecked, or stream where a reply did not come to its end.",
+            *("api", "request", "reply"),
+        )
         self.prefix_cache_tokens = counter(
             "prefix_cache_tokens", "Tokens of requests: held from before, or read by the model.", "from"
         )

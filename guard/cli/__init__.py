@@ -17,6 +17,7 @@ from guard.cli.calibrate import calibrate, quantize
 from guard.cli.check import check
 from guard.cli.evaluate import evaluate
 from guard.cli.serve import serve
+from guard.cli.sidecar import sidecar
 from guard.cli.synthesize import synthesize
 from guard.cli.train import distill, train
 from guard.cli.unseal import unseal
@@ -32,6 +33,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command()(serve)
+app.command()(sidecar)
 app.command()(check)
 app.add_typer(client.app)
 policy.app.command()(fit.fit)

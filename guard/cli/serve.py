@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from pydantic import BaseModel
 
 from guard.cli import options
 from guard.settings import Settings
@@ -25,16 +26,17 @@ def serve(config: Path | None, **flags: str | None) -> None:
     asyncio.run(server.serve(settings))
 
 
-def _parameters() -> Iterator[Parameter]:
-    yield Parameter("config", Parameter.KEYWORD_ONLY, default=None, annotation=options.Config)
-    for name, schema in Settings.model_json_schema()["properties"].items():
-        kind = schema.get("anyOf", [schema])[0]
-        known = "|".join(kind["enum"]) if "enum" in kind else kind.get("format", kind["type"])
-        is_shown = schema["default"] is not None and "format" not in kind  # where the shipped files lie is no help
+def parameters(kind: type[BaseModel]) -> Iterator[Parameter]:
+    """An option for each field of a model; all are text, and None where they were not given."""
+    for name, schema in kind.model_json_schema()["properties"].items():
+        form = schema.get("anyOf", [schema])[0]
+        known = "|".join(form["enum"]) if "enum" in form else form.get("format", form["type"])
+        is_shown = schema.get("default") is not None and "format" not in form  # where shipped files lie is no help
         default = f"[default: {schema['default']}]" if is_shown else ""
         help = f"{schema.get('description', '')} {default}".strip()
         option = typer.Option(f"--{name.replace('_', '-')}", help=help, metavar=f"<{known}>", show_default=False)
         yield Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, option])
 
 
-serve.__signature__ = Signature(list(_parameters()))  # type: ignore[attr-defined]  # where typer looks for options
+_config = Parameter("config", Parameter.KEYWORD_ONLY, default=None, annotation=options.Config)
+serve.__signature__ = Signature([_config, *parameters(Settings)])  # type: ignore[attr-defined]  # where typer looks for options

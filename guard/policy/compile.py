@@ -6,11 +6,20 @@ import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from guard.policy.calibration import Calibration, Unresolvable
 from guard.policy.rules import Matcher, Rule, words
-from guard.policy.schema import ON_ERROR, CategorySpec, PolicySpec, RoleName, RuleSpec, Scoring, ThresholdsSpec
+from guard.policy.schema import (
+    ON_ERROR,
+    CategorySpec,
+    PolicySpec,
+    RefusalSpec,
+    RoleName,
+    RuleSpec,
+    Scoring,
+    ThresholdsSpec,
+)
 from guard.types import DEFINITIONS, HAZARDS, Action, Described, Head, LongInput, Reply, Role, Scores
 
 NO_HEADS: Mapping[str, Head] = MappingProxyType({})
@@ -88,6 +97,14 @@ class Debounce:
 
 
 @dataclass(frozen=True, slots=True)
+class Refusal:
+    """How a filter in front of a backend says no: as an error of its API, or as a reply of the backend's."""
+
+    form: Literal["error", "reply"] = "error"
+    text: str = RefusalSpec().text
+
+
+@dataclass(frozen=True, slots=True)
 class Policy:
     """A policy; its `revision` is a hash of all that a verdict depends on or shows, whatever file and name it has.
 
@@ -109,6 +126,7 @@ class Policy:
     own: Mapping[str, Head | None] = field(default_factory=lambda: NO_HEADS)
     described: tuple[Described, ...] = ()
     stream: Debounce = Debounce()
+    refusal: Refusal = Refusal()
     matcher: Matcher = field(default=Matcher(()), compare=False, repr=False)
     _plainly: Mapping[Role, Judging] = field(init=False, compare=False, repr=False)
 
@@ -174,6 +192,8 @@ def compile_policy(
     }
     if (stream := Debounce(**spec.stream.model_dump())) != Debounce():
         content["stream"] = asdict(stream)
+    if (refusal := Refusal(**spec.refusal.model_dump())) != Refusal():
+        content["refusal"] = asdict(refusal)
     return Policy(
         name,
         _revision(content),
@@ -188,6 +208,7 @@ def compile_policy(
         MappingProxyType({name: heads.get(name) for name, one in spec.categories.items() if _is_own(one)}),
         _described(categories, spec, examples),
         stream,
+        refusal,
         Matcher(rules),
     )
 

@@ -258,6 +258,18 @@ class StreamSpec(Spec):
     )
 
 
+class RefusalSpec(Spec):
+    """How a filter in front of a backend says no; a redirect is always told as its reply."""
+
+    form: Literal["error", "reply"] = Field(
+        default="error",
+        description="error: a blocked request is answered with an error of the backend's API. reply: it is answered as "
+        "the backend would, with the text. A reply of the backend that is blocked ends as its content filters end one, "
+        "and with the text where the form is reply.",
+    )
+    text: Text = Field(default="The content policy does not allow this.", description="What people are told.")
+
+
 Replies = Annotated[
     dict[Name, Text], Field(description="Texts to show in place of a redirected turn, by names such as crisis-line.")
 ]
@@ -306,6 +318,9 @@ class PolicySpec(Spec):
     )
     stream: StreamSpec = Field(
         default_factory=StreamSpec, description="When a turn that is still being written is cut."
+    )
+    refusal: RefusalSpec = Field(
+        default_factory=RefusalSpec, description="How a filter in front of a backend says no in its place."
     )
     replies: Replies = Field(default_factory=dict)
     rules: Rules = Field(default_factory=dict)

@@ -74,6 +74,10 @@ def _to_role(index: int, role: pb.Role.ValueType) -> Role:
     return _ROLES[role]
 
 
+def from_turn(turn: Turn) -> pb.Turn:
+    return pb.Turn(role=_ROLES_ON_WIRE[turn.role], text=turn.text.encode("utf-8", "replace").decode())
+
+
 def from_action(action: Action) -> pb.Action.ValueType:
     return _ACTIONS_ON_WIRE[action]
 
@@ -209,4 +213,5 @@ def from_policy(policy: Policy) -> pb.Policy:
         ],
         shadow=policy.shadow,
         stream=pb.Debounce(consecutive=policy.stream.consecutive, immediate=policy.stream.immediate),
+        refusal=pb.Refusal(form=policy.refusal.form, text=policy.refusal.text),
     )

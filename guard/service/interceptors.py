@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 # Probes carry no token, and must not use up anyone's rate.
 _OPEN = "/grpc.health.v1.Health/"
 _ADMIN = "guard.v1.Admin/"
-_ONE_REQUEST = {"guard.v1.Moderation/CheckStream"}  # streams whose messages are parts of one
+_EXCHANGE = "envoy.service.ext_proc.v3.ExternalProcessor/Process"
+_ONE_REQUEST = {"guard.v1.Moderation/CheckStream", _EXCHANGE}  # streams whose messages are parts of one
 
 # Of a call's line in the log; INFO for every other end.
 _LEVELS = {grpc.StatusCode.OK: logging.DEBUG, grpc.StatusCode.INTERNAL: logging.ERROR}
@@ -51,7 +52,8 @@ class Calls(grpc.aio.ServerInterceptor):
 
     Health is open to all; everything else, reflection included, asks for a token where there are `tokens`. A call of a
     client beyond its rate is refused; the requests of a stream beyond it wait. During a drain what is new is refused,
-    and a stream ends once what was read of it is answered. Calls of the admin service ask for a token of its own.
+    and a stream ends once what was read of it is answered, a proxy's once its exchange is over. Calls of the admin
+    service ask for a token of its own.
     """
 
     def __init__(
@@ -179,7 +181,8 @@ class Calls(grpc.aio.ServerInterceptor):
 
     async def _paced(self, call: _Call, raws: AsyncIterator[bytes], decode: _Decode) -> AsyncIterator[Message]:
         messages = aiter(raws)
-        while (raw := await _before(self._draining, self._next(call, messages))) is not None:
+        until = self._drained if call.method == _EXCHANGE else self._draining
+        while (raw := await _before(until, self._next(call, messages))) is not None:
             yield decode(raw)
 
     async def _next(self, call: _Call, messages: AsyncIterator[bytes]) -> bytes | None:
@@ -201,11 +204,15 @@ class Calls(grpc.aio.ServerInterceptor):
 
     def _record(self, call: _Call, code: grpc.StatusCode, seconds: float, failure: Exception | None) -> None:
         metrics, log = self._telemetry.metrics, self._telemetry.log
-        is_admin = call.method.startswith(_ADMIN)  # who changes what is in force is always told
+        level = _LEVELS.get(code, logging.INFO)
+        if call.method.startswith(_ADMIN):  # who changes what is in force is always told
+            level = logging.INFO
+        elif call.method == _EXCHANGE and code is grpc.StatusCode.CANCELLED:  # as a proxy ends most calls
+            level = logging.DEBUG
         metrics.calls.labels(call.method, code.name).inc()
         metrics.call_seconds.labels(call.method).observe(seconds)
         log.log(
-            logging.INFO if is_admin else _LEVELS.get(code, logging.INFO),
+            level,
             "call",
             method=call.method,
             code=code.name,

@@ -3,13 +3,14 @@
 import asyncio
 import signal
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, suppress
 from types import TracebackType
 from typing import Self
 
 import grpc
 from aiohttp import web
+from envoy.service.ext_proc.v3.external_processor_pb2_grpc import add_ExternalProcessorServicer_to_server
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -19,6 +20,8 @@ from guard.service.admin import Admin
 from guard.service.capture import Capture
 from guard.service.decision_log import DecisionLog
 from guard.service.decisions import Decisions, Journal
+from guard.service.ext_proc import SERVICE as _EXT_PROC
+from guard.service.ext_proc import ExtProc
 from guard.service.http import make_app
 from guard.service.interceptors import Calls
 from guard.service.judge import Judge
@@ -81,8 +84,10 @@ class Server:
         decisions = Decisions(self._rollout, telemetry, self._journals)
         moderation = Moderation(settings, telemetry, self._rollout, decisions)
         add_ModerationServicer_to_server(moderation, self._grpc)
+        ext_proc = ExtProc(settings, telemetry, self._rollout, decisions)
+        add_ExternalProcessorServicer_to_server(ext_proc, self._grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
-        services = [_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME]
+        services = [_SERVICE, _EXT_PROC, health.SERVICE_NAME, reflection.SERVICE_NAME]
         if admin is not None:
             add_AdminServicer_to_server(Admin(self._rollout), self._grpc)
             services.append(_ADMIN)
@@ -165,7 +170,7 @@ class Server:
     async def _set_health(self, serving: bool) -> None:
         self._serving = serving
         status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
-        for service in ("", _SERVICE):
+        for service in ("", _SERVICE, _EXT_PROC):
             await self._health.set(service, status)
 
     def _bind(self) -> int:
@@ -182,13 +187,46 @@ def load_moderator(settings: Settings, telemetry: Telemetry) -> Judge:
     return Moderator.load(settings, telemetry)
 
 
-async def serve(settings: Settings, load: Callable[[Settings, Telemetry], Judge] = load_moderator) -> None:
+Beside = Callable[["Server", Telemetry], AbstractAsyncContextManager[Awaitable[None]]]
+"""What runs beside a server, from when it serves until it is told to stop; raises where it ends by itself."""
+
+
+async def serve(
+    settings: Settings,
+    load: Callable[[Settings, Telemetry], Judge] = load_moderator,
+    beside: Beside | None = None,
+) -> None:
     """Serves until SIGTERM or SIGINT, then drains; a second signal ends the process at once.
 
     Raises ConfigError where settings, policies or the model cannot be used.
     """
     telemetry = Telemetry.start(settings.log_level, settings.otlp_endpoint)
     adopt_stdlib_logging(telemetry.log)
+    stopping = stop_signal()
+    async with Server(settings, telemetry, lambda: load(settings, telemetry)) as server:
+        if beside is None:
+            await stopping.wait()
+        else:
+            async with beside(server, telemetry) as ended:
+                await first(stopping.wait(), ended)
+    if telemetry.tracing is not None:
+        telemetry.tracing.close()
+
+
+async def first(*work: Awaitable[object]) -> None:
+    """Waits until one is done, and raises what it does."""
+    tasks = [asyncio.ensure_future(one) for one in work]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def stop_signal() -> asyncio.Event:
+    """Set by the first SIGTERM or SIGINT; the next does what the system does."""
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -199,7 +237,4 @@ async def serve(settings: Settings, load: Callable[[Settings, Telemetry], Judge]
 
     for number in _STOP_SIGNALS:
         loop.add_signal_handler(number, stop)
-    async with Server(settings, telemetry, lambda: load(settings, telemetry)):
-        await stopping.wait()
-    if telemetry.tracing is not None:
-        telemetry.tracing.close()
+    return stopping

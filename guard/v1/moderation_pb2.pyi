@@ -1107,6 +1107,7 @@ class Policy(_message.Message):
     RULES_FIELD_NUMBER: _builtins.int
     SHADOW_FIELD_NUMBER: _builtins.int
     STREAM_FIELD_NUMBER: _builtins.int
+    REFUSAL_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     revision: _builtins.str
     """Hash of the content, in hex."""
@@ -1125,6 +1126,8 @@ class Policy(_message.Message):
     def stream(self) -> Global___Debounce:
         """When verdicts on a turn that is being written cut it."""
 
+    @_builtins.property
+    def refusal(self) -> Global___Refusal: ...
     def __init__(
         self,
         *,
@@ -1135,14 +1138,41 @@ class Policy(_message.Message):
         rules: _abc.Iterable[Global___Rule] | None = ...,
         shadow: _builtins.bool = ...,
         stream: Global___Debounce | None = ...,
+        refusal: Global___Refusal | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["stream", b"stream"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["refusal", b"refusal", "stream", b"stream"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["categories", b"categories", "description", b"description", "name", b"name", "revision", b"revision", "rules", b"rules", "shadow", b"shadow", "stream", b"stream"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["categories", b"categories", "description", b"description", "name", b"name", "refusal", b"refusal", "revision", b"revision", "rules", b"rules", "shadow", b"shadow", "stream", b"stream"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Policy: _TypeAlias = Policy  # noqa: Y015
+
+@_typing.final
+class Refusal(_message.Message):
+    """How a filter in front of a backend says no."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FORM_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    form: _builtins.str
+    """"error", in the shape of the backend's API, or "reply", as the backend would answer."""
+    text: _builtins.str
+    """What people are told."""
+    def __init__(
+        self,
+        *,
+        form: _builtins.str = ...,
+        text: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["form", b"form", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Refusal: _TypeAlias = Refusal  # noqa: Y015
 
 @_typing.final
 class Debounce(_message.Message):
