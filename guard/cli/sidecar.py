@@ -58,8 +58,8 @@ async def _run(sidecar: Sidecar, is_open: bool, settings: Settings) -> None:
     @asynccontextmanager
     async def envoy(address: str, telemetry: "Telemetry") -> AsyncIterator[Awaitable[None]]:
         config = _bootstrap(sidecar, address, is_open, settings)
-        async with running(config, telemetry.log, settings.drain_seconds) as ended:
-            yield ended
+        async with running(config, telemetry.log, settings.drain_seconds) as running_envoy:
+            yield running_envoy.ended()
 
     def beside(server: "Server", telemetry: "Telemetry") -> Any:
         return envoy(f"127.0.0.1:{server.grpc_port}", telemetry)

@@ -166,6 +166,7 @@ class _Exchange:
         self._rollout = rollout
         self._decisions = decisions
         self._api: Api = openai.Chat()  # whose errors most clients can read
+        self._is_known = False  # which API it is
         self._asked: Asked | None = None
         self._judging: asyncio.Task[_Outcome] | None = None
         self._request, self._reply = _NOTHING, _NOTHING
@@ -184,8 +185,10 @@ class _Exchange:
                         if message.protocol_config.response_body_mode == ProcessingMode.FULL_DUPLEX_STREAMED:
                             self._outlet = envoy.Duplex()
                         yield self._begin(message.request_headers)
-                    case "request_body":
+                    case "request_body" if self._is_known:
                         yield await self._ask(message.request_body.body)
+                    case "request_body":  # Envoy need not heed what it is told to leave out
+                        yield pb.ProcessingResponse(request_body=pb.BodyResponse())
                     case "response_headers":
                         async with aclosing(self._answer(message.response_headers, messages)) as answers:
                             async for answer in answers:
@@ -227,7 +230,7 @@ class _Exchange:
             return envoy.passing()
         if kind is None:
             raise self._error(403, "what this path takes cannot be checked", "guard_unknown_path")
-        self._api = kind()
+        self._api, self._is_known = kind(), True
         try:
             self._policy  # noqa: B018 # is there
         except InputError:

@@ -7,10 +7,10 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
@@ -97,12 +97,11 @@ def bootstrap(sidecar: Sidecar, guard: str, is_open: bool, max_bytes: int) -> Js
     if url.scheme == "https":
         upstream["transport_socket"] = _tls(url.hostname, sidecar.upstream_ca)
     host, _, guard_port = guard.rpartition(":")
-    http2 = {
-        "explicit_http_config": {
-            "http2_protocol_options": {"connection_keepalive": {"interval": "5s", "timeout": "2s"}}
-        }
-    }
+    http2: Json = {"explicit_http_config": {"http2_protocol_options": {}}}
     judge = _cluster("guard", host.strip("[]"), int(guard_port), "1s")
+    # So that a machine that is gone is found out; pings of HTTP/2 are more than gRPC's servers put up with.
+    keepalive = {"keepalive_probes": 3, "keepalive_time": 10, "keepalive_interval": 5}
+    judge["upstream_connection_options"] = {"tcp_keepalive": keepalive}
     if sidecar.guard_ca is not None:
         judge["transport_socket"] = _tls(host.strip("[]"), sidecar.guard_ca)
     judge["typed_extension_protocol_options"] = {_HTTP.rpartition("/")[2]: {"@type": _HTTP, **http2}}
@@ -242,12 +241,9 @@ def _split(address: str) -> tuple[str, int]:
 
 
 @asynccontextmanager
-async def running(
-    config: Json, log: FilteringBoundLogger, drain_seconds: float
-) -> AsyncIterator[Coroutine[Any, Any, None]]:
+async def running(config: Json, log: FilteringBoundLogger, drain_seconds: float) -> AsyncIterator["Envoy"]:
     """Envoy with that configuration, which takes connections; left, it finishes what it has, for so many seconds.
 
-    What is given waits, and raises ConfigError once Envoy has ended by itself.
 
     Raises ConfigError where it is not installed, or does not start.
     """
@@ -263,7 +259,7 @@ async def running(
         try:
             port = await _port(admin, exited)
             log.info("envoy_listening", port=port)
-            yield _ended(exited)
+            yield Envoy(port, exited)
             if not exited.done():
                 await _drain(admin, drain_seconds)
         finally:
@@ -278,9 +274,16 @@ def _written(file: Path, config: Json) -> str:
     return str(file)
 
 
-async def _ended(exited: asyncio.Task[int]) -> None:
-    status = await asyncio.shield(exited)
-    raise ConfigError(f"Envoy ended with status {status}; what it says stands above")
+class Envoy(NamedTuple):
+    """One that runs; `port` is where its clients are served."""
+
+    port: int
+    exited: asyncio.Task[int]
+
+    async def ended(self) -> None:
+        """Waits until it ends by itself, and raises ConfigError."""
+        status = await asyncio.shield(self.exited)
+        raise ConfigError(f"Envoy ended with status {status}; what it says stands above")
 
 
 async def _port(admin: Path, exited: asyncio.Task[int]) -> int:

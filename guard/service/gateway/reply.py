@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from guard.errors import InputError
-from guard.service.gateway.apis import Api, loads
+from guard.service.gateway.apis import Api, loads, whole
 from guard.service.gateway.events import Event, Events, Framing
 from guard.service.stream import Characters
 from guard.types import Action
@@ -54,14 +54,13 @@ class Choice:
         if part != self.part and self.length:
             text = f"\n{text}"
         self.part = part
-        data = text.encode("utf-8", "surrogatepass")
         try:
-            self.length += len(self.characters.add(data))
-        except InputError:  # half a character that is no half: as a reader is shown it
+            said = self.characters.add(text.encode("utf-8", "surrogatepass"))
+        except InputError:  # half a character without its other half: as a reader is shown it
             self.characters = Characters()
-            data = text.encode("utf-8", "replace")
-            self.length += len(self.characters.add(data))
-        self.said.put_nowait(pb.CheckStreamRequest(delta=data))
+            said = "\ufffd" + whole(text)
+        self.length += len(said)
+        self.said.put_nowait(pb.CheckStreamRequest(delta=said.encode()))
 
     def end(self) -> None:
         if not self.has_ended:
@@ -151,9 +150,12 @@ class StreamedReply:
 
     def _is_over(self) -> bool:
         choices = self._choices.values()
-        if len(choices) >= self._replies and all(choice.is_told for choice in choices):
+        if self._all_told():
             return True
         return self._is_read and not self._held and all(choice.is_told or choice.is_complete for choice in choices)
+
+    def _all_told(self) -> bool:
+        return len(self._choices) >= self._replies and all(choice.is_told for choice in self._choices.values())
 
     def _take(self, chunk: bytes | None) -> None:
         """Reads what has come; what cannot be read ends every reply, as it cannot be judged."""
@@ -222,7 +224,7 @@ class StreamedReply:
 
     def _ready(self) -> Iterator[Segment]:
         """What may go on now; then the ends of replies that are cut and of which nothing is held any more."""
-        while self._held and (segment := self._judged(self._held[0])) is not None:
+        while self._held and not self._all_told() and (segment := self._judged(self._held[0])) is not None:
             held = self._held.popleft()
             self._held_bytes -= len(held.event.raw)
             if segment.given and held.says is not None and segment.given is held.event.raw:
@@ -249,8 +251,7 @@ class StreamedReply:
     def _tell(self, index: int, choice: Choice) -> bytes:
         choice.is_told = True
         ending = self._api.cut(index, choice.ending or "")
-        told = [other.is_told for other in self._choices.values()]
-        return ending + self._api.done if len(told) >= self._replies and all(told) else ending
+        return ending + self._api.done if self._all_told() else ending
 
 
 _ACTIONS = {
