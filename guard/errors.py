@@ -54,8 +54,8 @@ class Cut(GuardError):
 class Unauthenticated(GuardError):
     """The service asks for a token, and none that it knows came with the call."""
 
-    def __init__(self) -> None:
-        super().__init__("a valid API token is needed")
+    def __init__(self, message: str = "a valid API token is needed") -> None:
+        super().__init__(message)
 
 
 class ConfigError(GuardError):

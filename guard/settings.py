@@ -59,7 +59,7 @@ class Settings(BaseModel):
     listen: Address = "0.0.0.0:50051"
     """Where gRPC is served."""
     http: Address = "0.0.0.0:9090"
-    """Where /metrics and /healthz are served."""
+    """Where HTTP is served: /metrics and /healthz, and the moderation APIs as JSON."""
     policies: DirectoryPath = _shipped_policies()
     """Directory of policies, which are read again on change; by default those that come with Guard."""
     policies_key: FilePath | None = None
@@ -109,7 +109,8 @@ class Settings(BaseModel):
     """Requests of one CheckMany stream that are read and not yet answered."""
 
     tls_cert: FilePath | None = None
-    """Certificate chain of the server, PEM; plain text is served without it. These files are read again on change."""
+    """Certificate chain of the server, PEM, for both ports; plain text is served without it. These files are read again
+    on change."""
     tls_key: FilePath | None = None
     """Private key of the certificate, PEM."""
     tls_client_ca: FilePath | None = None

@@ -38,7 +38,7 @@ class Metrics:
         def histogram(name: str, text: str, *labels: str, buckets: tuple[float, ...] = _SECONDS) -> Histogram:
             return Histogram(f"guard_{name}", text, labels, buckets=buckets, registry=registry)
 
-        self.calls = counter("calls", "gRPC calls that ended, by method and status code.", "method", "code")
+        self.calls = counter("calls", "Calls that ended, by method or HTTP route and status code.", "method", "code")
         self.call_seconds = histogram("call_seconds", "From the start of a call to its end.", "method")
         self.refusals = counter("refusals", "Requests without a verdict, by kind of error.", "reason")
         self.verdicts = counter("verdicts", "Verdicts, by policy and action.", "policy", "action")
@@ -210,13 +210,15 @@ class Tracing:
         self._extract = TraceContextTextMapPropagator().extract
         self._kind = SpanKind.SERVER
 
-    def span(self, name: str, headers: Mapping[str, str]) -> "AbstractContextManager[Span]":
+    def span(
+        self, name: str, headers: Mapping[str, str], attributes: Mapping[str, str]
+    ) -> "AbstractContextManager[Span]":
         """A span of one call, within the trace that a `traceparent` header names."""
         return self._tracer.start_as_current_span(
             name,
             context=self._extract(headers),
             kind=self._kind,
-            attributes={"rpc.system": "grpc"},
+            attributes=dict(attributes),
             record_exception=False,  # what an exception says may quote a text
             set_status_on_exception=False,
         )

@@ -21,8 +21,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import aiohttp
 import grpc
+import httpx
 
 from guard.settings import Settings
 from guard.v1 import moderation_pb2 as pb
@@ -118,8 +118,9 @@ async def neighbour(stub: "ModerationAsyncStub", text: str, expected: pb.Verdict
 
 async def levels(metrics: str) -> dict[str, float]:
     """Of a server: resident memory and the cache, in MiB, and the streams that are open."""
-    async with aiohttp.ClientSession() as session, session.get(metrics) as got:
-        told = dict(re.findall(r"^(\w+) (\S+)$", await got.text(), re.MULTILINE))
+    async with httpx.AsyncClient() as session:
+        got = await session.get(metrics)
+        told = dict(re.findall(r"^(\w+) (\S+)$", got.text, re.MULTILINE))
     return {
         "memory": float(told["process_resident_memory_bytes"]) / 2**20,
         "cache": float(told["guard_prefix_cache_bytes"]) / 2**20,

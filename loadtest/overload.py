@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 
-import aiohttp
+import httpx
 from rich.console import Console
 from rich.table import Table
 
@@ -129,8 +129,9 @@ async def serve() -> AsyncIterator[tuple[str, str]]:
 
 async def memory_of(metrics: str) -> float:
     """Resident memory of a server, in MiB."""
-    async with aiohttp.ClientSession() as session, session.get(metrics) as response:
-        found = re.search(r"^process_resident_memory_bytes (\S+)$", await response.text(), re.MULTILINE)
+    async with httpx.AsyncClient() as session:
+        response = await session.get(metrics)
+        found = re.search(r"^process_resident_memory_bytes (\S+)$", response.text, re.MULTILINE)
     assert found is not None, "the server tells its memory on Linux alone"
     return float(found[1]) / 2**20
 

@@ -30,6 +30,8 @@ OWNERS = {
     "ruamel": {"policy", "training"},
     "duckdb": {"policy", "audit"},
     "cryptography": {"keys"},
+    "starlette": {"service"},
+    "uvicorn": {"service"},
 }
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 

@@ -6,8 +6,8 @@ import json
 import logging
 from collections.abc import AsyncIterator, Iterator
 
-import aiohttp
 import grpc
+import httpx
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceRequest,
@@ -34,9 +34,10 @@ SECRET = "zanzibar"
 
 
 async def exposition(service: Service) -> str:
-    async with aiohttp.ClientSession() as session, session.get(f"{service.url}/metrics") as response:
-        assert response.status == 200
-        return await response.text()
+    async with httpx.AsyncClient() as session:
+        response = await session.get(f"{service.url}/metrics")
+        assert response.status_code == 200
+        return response.text
 
 
 async def speak_of_secrets(service: Service) -> None:

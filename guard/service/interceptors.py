@@ -5,8 +5,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractContextManager, aclosing, asynccontextmanager, nullcontext
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import unquote
 
 import grpc
@@ -15,6 +14,7 @@ from grpc_status import rpc_status
 
 from guard.errors import Draining, InputError, RateLimited
 from guard.service.access import RateLimit, Tokens, caller
+from guard.service.calls import Call, Gate, before, settle
 from guard.service.status import code_of, reason_of, retry_after_ms, to_status
 from guard.telemetry import Telemetry
 
@@ -34,17 +34,6 @@ _LEVELS = {grpc.StatusCode.OK: logging.DEBUG, grpc.StatusCode.INTERNAL: logging.
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 _Decode = Callable[[bytes], Message]
-_Result = TypeVar("_Result")
-
-
-@dataclass(slots=True)
-class _Call:
-    """What becomes known of a call while it runs."""
-
-    method: str
-    client: str = ""
-    decision_id: str | None = None
-    charged: bool = False
 
 
 class Calls(grpc.aio.ServerInterceptor):
@@ -59,31 +48,22 @@ class Calls(grpc.aio.ServerInterceptor):
     def __init__(
         self,
         telemetry: Telemetry,
+        gate: Gate,
         tokens: Tokens | None = None,
         limit: RateLimit | None = None,
         admin_tokens: Tokens | None = None,
     ) -> None:
         self._telemetry = telemetry
+        self._gate = gate
         self._tokens = tokens
         self._admin_tokens = admin_tokens
         self._limit = limit
         self._handlers: dict[str, _Handler] = {}
-        self._running = 0
-        self._idle = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        self._draining: asyncio.Future[None] = loop.create_future()
-        self._drained: asyncio.Future[None] = loop.create_future()
-
-    async def drain(self) -> None:
-        """Takes nothing new, and returns once no call is running, those of health aside."""
-        _settle(self._draining)
-        while self._running:
-            self._idle.clear()
-            await self._idle.wait()
+        self._drained: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def end_watches(self) -> None:
         """Ends the streams of health, which have told of the drain and have no more to tell."""
-        _settle(self._drained)
+        settle(self._drained)
 
     async def intercept_service(
         self,
@@ -111,7 +91,7 @@ class Calls(grpc.aio.ServerInterceptor):
 
         async def unary_stream(raw: bytes, context: _Context) -> None:
             async with self._call(method, context):
-                await _before(self._drained, handler.unary_stream(decode(raw), context))
+                await before(self._drained, handler.unary_stream(decode(raw), context))
 
         async def stream_stream(raws: AsyncIterator[bytes], context: _Context) -> None:
             async with self._call(method, context) as call:
@@ -127,19 +107,18 @@ class Calls(grpc.aio.ServerInterceptor):
         return grpc.unary_unary_rpc_method_handler(unary_unary, None, handler.response_serializer)
 
     @asynccontextmanager
-    async def _call(self, method: str, context: _Context) -> AsyncIterator[_Call]:
+    async def _call(self, method: str, context: _Context) -> AsyncIterator[Call]:
         """From the start of a call to its end, whatever the end is."""
         start = time.perf_counter()
         guarded = not method.startswith(_OPEN)
-        call, code, failure = _Call(method.removeprefix("/")), grpc.StatusCode.OK, None
-        self._running += guarded
+        call, code, failure = Call(method.removeprefix("/")), grpc.StatusCode.OK, None
         try:
-            with self._span(call, context) as span:
+            with self._gate.running() if guarded else nullcontext(), self._span(call, context) as span:
                 try:
                     if guarded:
                         call.client = self._identify(call, context)
                         caller.set(call.client)
-                        if self._draining.done():
+                        if self._gate.is_closed:
                             raise Draining
                     yield call
                 except grpc.aio.AbortError:  # by a servicer of the library's
@@ -155,17 +134,16 @@ class Calls(grpc.aio.ServerInterceptor):
                     if span is not None:
                         span.set_attribute("rpc.grpc.status_code", code.value[0])
         finally:
-            self._running -= guarded
-            self._idle.set()
-            self._record(call, code, time.perf_counter() - start, failure)
+            fault = failure if code is grpc.StatusCode.INTERNAL else None
+            call.ended(self._telemetry, code.name, time.perf_counter() - start, _level(call.method, code), fault)
 
-    def _span(self, call: _Call, context: _Context) -> "AbstractContextManager[Span | None]":
+    def _span(self, call: Call, context: _Context) -> "AbstractContextManager[Span | None]":
         tracing = self._telemetry.tracing
         if tracing is None:
             return nullcontext()
-        return tracing.span(call.method, _headers(context))
+        return tracing.span(call.method, _headers(context), {"rpc.system": "grpc"})
 
-    def _identify(self, call: _Call, context: _Context) -> str:
+    def _identify(self, call: Call, context: _Context) -> str:
         """The name of the caller's token or else of its certificate, or else its address."""
         tokens = self._admin_tokens if call.method.startswith(_ADMIN) else self._tokens
         if tokens is not None:
@@ -175,17 +153,17 @@ class Calls(grpc.aio.ServerInterceptor):
             return name.decode()
         return unquote(context.peer()).rpartition(":")[0]
 
-    def _charge(self, call: _Call) -> None:
+    def _charge(self, call: Call) -> None:
         if call.client and self._limit is not None and (wait := self._limit.take(call.client)):
             raise RateLimited(wait)
 
-    async def _paced(self, call: _Call, raws: AsyncIterator[bytes], decode: _Decode) -> AsyncIterator[Message]:
+    async def _paced(self, call: Call, raws: AsyncIterator[bytes], decode: _Decode) -> AsyncIterator[Message]:
         messages = aiter(raws)
-        until = self._drained if call.method == _EXCHANGE else self._draining
-        while (raw := await _before(until, self._next(call, messages))) is not None:
+        until = self._drained if call.method == _EXCHANGE else self._gate.closed
+        while (raw := await before(until, self._next(call, messages))) is not None:
             yield decode(raw)
 
-    async def _next(self, call: _Call, messages: AsyncIterator[bytes]) -> bytes | None:
+    async def _next(self, call: Call, messages: AsyncIterator[bytes]) -> bytes | None:
         """The next message, as soon as the client's rate has room for it; None at the end of the stream."""
         raw = await anext(messages, None)
         if raw is not None and self._limit is not None and not (call.charged and call.method in _ONE_REQUEST):
@@ -202,43 +180,13 @@ class Calls(grpc.aio.ServerInterceptor):
             metadata.append(("grpc-retry-pushback-ms", str(pushback)))
         await context.abort(status.code, status.details, tuple(metadata))
 
-    def _record(self, call: _Call, code: grpc.StatusCode, seconds: float, failure: Exception | None) -> None:
-        metrics, log = self._telemetry.metrics, self._telemetry.log
-        level = _LEVELS.get(code, logging.INFO)
-        if call.method.startswith(_ADMIN):  # who changes what is in force is always told
-            level = logging.INFO
-        elif call.method == _EXCHANGE and code is grpc.StatusCode.CANCELLED:  # as a proxy ends most calls
-            level = logging.DEBUG
-        metrics.calls.labels(call.method, code.name).inc()
-        metrics.call_seconds.labels(call.method).observe(seconds)
-        log.log(
-            level,
-            "call",
-            method=call.method,
-            code=code.name,
-            ms=round(seconds * 1000, 3),
-            client=call.client,
-            decision_id=call.decision_id,
-            exc_info=failure if code is grpc.StatusCode.INTERNAL else None,
-        )
 
-
-def _settle(event: asyncio.Future[None]) -> None:
-    if not event.done():
-        event.set_result(None)
-
-
-async def _before(event: asyncio.Future[None], work: Awaitable[_Result]) -> _Result:
-    """What the work gives. Where the event comes before it, the work is given up and Draining raised."""
-    task = asyncio.ensure_future(work)
-    try:
-        await asyncio.wait((task, event), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise Draining
-        return task.result()
-    finally:
-        if task.cancel():
-            await asyncio.wait((task,))
+def _level(method: str, code: grpc.StatusCode) -> int:
+    if method.startswith(_ADMIN):  # who changes what is in force is always told
+        return logging.INFO
+    if method == _EXCHANGE and code is grpc.StatusCode.CANCELLED:  # as a proxy ends most calls
+        return logging.DEBUG
+    return _LEVELS.get(code, logging.INFO)
 
 
 def _decoder(handler: Any) -> _Decode:

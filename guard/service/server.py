@@ -9,7 +9,6 @@ from types import TracebackType
 from typing import Self
 
 import grpc
-from aiohttp import web
 from envoy.service.ext_proc.v3.external_processor_pb2_grpc import add_ExternalProcessorServicer_to_server
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -17,12 +16,15 @@ from grpc_reflection.v1alpha import reflection
 from guard.errors import ConfigError
 from guard.service.access import RateLimit, Tokens
 from guard.service.admin import Admin
+from guard.service.calls import Gate
 from guard.service.capture import Capture
 from guard.service.decision_log import DecisionLog
 from guard.service.decisions import Decisions, Journal
 from guard.service.ext_proc import SERVICE as _EXT_PROC
 from guard.service.ext_proc import ExtProc
-from guard.service.http import make_app
+from guard.service.http.app import make_app
+from guard.service.http.exchange import Exchange
+from guard.service.http.listen import Listener
 from guard.service.interceptors import Calls
 from guard.service.judge import Judge
 from guard.service.moderation import Moderation
@@ -71,7 +73,8 @@ class Server:
             self._journals.append(Capture(settings.capture, settings.capture_key, settings, telemetry))
         self._rollout = Rollout(settings, telemetry, clock)
         self._watching: asyncio.Task[None] | None = None
-        self._calls = Calls(telemetry, tokens, limit, admin)
+        self._gate = Gate()
+        self._calls = Calls(telemetry, self._gate, tokens, limit, admin)
         self._health = health.aio.HealthServicer()
         self._serving = False
         self._grpc = grpc.aio.server(
@@ -92,9 +95,10 @@ class Server:
             add_AdminServicer_to_server(Admin(self._rollout), self._grpc)
             services.append(_ADMIN)
         reflection.enable_server_reflection(services, self._grpc)
-        app = make_app(telemetry.metrics.registry, lambda: self._serving, lambda: self._rollout.differences)
-        # A client that owes a part of its request would be waited for beyond `drain_seconds`.
-        self._http = web.AppRunner(app, access_log=None, shutdown_timeout=_LAST_WORDS)
+        exchange = Exchange(settings, telemetry, self._gate, tokens, limit, self._rollout, decisions)
+        registry = telemetry.metrics.registry
+        app = make_app(registry, lambda: self._serving, lambda: self._rollout.differences, exchange.serve)
+        self._http = Listener(app, _LAST_WORDS)
 
     async def __aenter__(self) -> Self:
         """Listens, loads, and serves."""
@@ -118,19 +122,18 @@ class Server:
         """
         settings = self._settings
         await self._set_health(False)
+        certificates = self._certificates()
         try:
-            self.grpc_port = self._bind()
+            self.grpc_port = self._bind(certificates)
         except RuntimeError:  # a certificate that gRPC alone refuses ends here too
             how = " with tls_cert and tls_key" if settings.tls_cert else ""
             raise ConfigError(f"listen: {settings.listen} cannot be listened on{how}") from None
         await self._grpc.start()
-        await self._http.setup()
-        host, _, port = settings.http.rpartition(":")
         try:
-            await web.TCPSite(self._http, host.strip("[]"), int(port)).start()
+            await self._http.start(settings.http, certificates.context if certificates else None)
         except OSError:
             raise ConfigError(f"http: {settings.http} cannot be listened on") from None
-        self.http_port = self._http.addresses[0][1]
+        self.http_port = self._http.port
         self._log.info("listening", grpc=self.grpc_port, http=self.http_port, tls=settings.tls_cert is not None)
 
     async def load(self) -> None:
@@ -153,14 +156,14 @@ class Server:
         with suppress(TimeoutError):
             async with asyncio.timeout(self._settings.drain_seconds):
                 await self._health.enter_graceful_shutdown()  # waits for whoever watches to be told
-                await self._calls.drain()
+                await self._gate.drain()
                 if judge is not None:
                     await judge.drain()
                 if self._watching is not None:
                     await self._watching
         self._calls.end_watches()
         await self._grpc.stop(_LAST_WORDS)
-        await self._http.cleanup()
+        await self._http.stop()
         for journal in self._journals:
             await asyncio.to_thread(journal.close)
         if judge is not None:
@@ -173,12 +176,16 @@ class Server:
         for service in ("", _SERVICE, _EXT_PROC):
             await self._health.set(service, status)
 
-    def _bind(self) -> int:
+    def _certificates(self) -> Certificates | None:
         settings = self._settings
         if settings.tls_cert is None or settings.tls_key is None:
-            return self._grpc.add_insecure_port(settings.listen)
-        certificates = Certificates(settings.tls_cert, settings.tls_key, settings.tls_client_ca, self._log)
-        return self._grpc.add_secure_port(settings.listen, certificates.credentials)
+            return None
+        return Certificates(settings.tls_cert, settings.tls_key, settings.tls_client_ca, self._log)
+
+    def _bind(self, certificates: Certificates | None) -> int:
+        if certificates is None:
+            return self._grpc.add_insecure_port(self._settings.listen)
+        return self._grpc.add_secure_port(self._settings.listen, certificates.credentials)
 
 
 def load_moderator(settings: Settings, telemetry: Telemetry) -> Judge:

@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-import aiohttp
+import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from guard.policy.store import load_policy
@@ -56,15 +56,17 @@ async def eventually(condition: Callable[[], Awaitable[bool]]) -> None:
 
 
 async def healthz(service: Service) -> Any:
-    async with aiohttp.ClientSession() as session, session.get(f"{service.url}/healthz") as response:
-        assert response.status == 200
-        return await response.json()
+    async with httpx.AsyncClient() as session:
+        response = await session.get(f"{service.url}/healthz")
+        assert response.status_code == 200
+        return response.json()
 
 
 async def metrics(service: Running, name: str) -> dict[tuple[str, ...], float]:
     """The samples of a metric by the values of their labels, in order of the labels' names."""
-    async with aiohttp.ClientSession() as session, session.get(f"{service.url}/metrics") as response:
-        text = await response.text()
+    async with httpx.AsyncClient() as session:
+        response = await session.get(f"{service.url}/metrics")
+        text = response.text
     return {
         tuple(value for _, value in sorted(sample.labels.items())): sample.value
         for family in text_string_to_metric_families(text)

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-import aiohttp
+import httpx
 import pytest
 
 from guard.client import check_request
@@ -26,8 +26,9 @@ def lines(*paths: Path) -> list[dict[str, Any]]:
 
 
 async def metric(service: Service, name: str) -> float:
-    async with aiohttp.ClientSession() as session, session.get(f"{service.url}/metrics") as response:
-        found = re.findall(rf"^guard_{re.escape(name)} (\S+)$", await response.text(), re.MULTILINE)
+    async with httpx.AsyncClient() as session:
+        response = await session.get(f"{service.url}/metrics")
+        found = re.findall(rf"^guard_{re.escape(name)} (\S+)$", response.text, re.MULTILINE)
     return float(found[0]) if found else 0.0
 
 

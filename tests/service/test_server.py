@@ -9,8 +9,8 @@ import threading
 from collections.abc import AsyncIterator
 from typing import Any
 
-import aiohttp
 import grpc
+import httpx
 import pytest
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_reflection.v1alpha.reflection_pb2 import ServerReflectionRequest
@@ -42,8 +42,9 @@ async def collect(answers: AsyncIterator[pb.CheckManyResponse]) -> list[pb.Check
 
 
 async def healthz(url: str) -> tuple[int, Any]:
-    async with aiohttp.ClientSession() as session, session.get(f"{url}/healthz") as response:
-        return response.status, await response.json()
+    async with httpx.AsyncClient() as session:
+        response = await session.get(f"{url}/healthz")
+        return response.status_code, response.json()
 
 
 async def test_a_server_says_serving_only_once_the_model_is_there() -> None:
@@ -229,8 +230,8 @@ async def test_a_model_that_cannot_be_loaded_ends_the_server() -> None:
     with pytest.raises(CheckpointError):
         async with server:
             pass
-    async with aiohttp.ClientSession() as session:
-        with pytest.raises(aiohttp.ClientConnectorError):
+    async with httpx.AsyncClient() as session:
+        with pytest.raises(httpx.ConnectError):
             await session.get(f"http://localhost:{server.http_port}/healthz")
 
 

@@ -1,0 +1,1 @@
+"""The HTTP port: what machines watch, and the moderation APIs that other software speaks already."""
