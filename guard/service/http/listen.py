@@ -5,8 +5,8 @@ import errno
 import math
 import socket
 import ssl
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import uvicorn
@@ -28,7 +28,7 @@ class Listener:
         self._app = app
         self._last_words = last_words
         self._server: _Server | None = None
-        self._serving: asyncio.Task[None] | None = None
+        self._ticking: asyncio.Task[None] | None = None
 
     async def start(self, address: str, tls: ssl.SSLContext | None = None) -> None:
         """Listens on HOST:PORT, all addresses that the host has; raises OSError where it cannot."""
@@ -48,15 +48,19 @@ class Listener:
             timeout_graceful_shutdown=math.ceil(self._last_words),
             ssl_context_factory=None if tls is None else lambda *_: tls,
         )
-        self._server = _Server(config)
-        self._serving = asyncio.create_task(self._server.serve(sockets))
+        config.load()
+        server = _Server(config)
+        server.lifespan = config.lifespan_class(config)
+        await server.startup(sockets)
+        self._server, self._ticking = server, asyncio.create_task(server.main_loop())
 
     async def stop(self) -> None:
         """Takes nothing new, and ends; who owes a part of a request, or will not read, is not waited for."""
-        if self._server is None or self._serving is None:
+        if self._server is None or self._ticking is None:
             return
         self._server.leave()
-        await self._serving
+        await self._ticking
+        await self._server.shutdown()
         if told := set(self._server.server_state.tasks):  # that they are cut off, and may say so
             await asyncio.wait(told, timeout=_CUT)
         for connection in list(self._server.server_state.connections):
@@ -64,7 +68,7 @@ class Listener:
 
 
 class _Server(uvicorn.Server):
-    """One that leaves signals alone, and that is told to leave."""
+    """One that is told to leave. Signals are none of its business: those it takes in `serve`, which is not called."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
@@ -72,10 +76,6 @@ class _Server(uvicorn.Server):
 
     def leave(self) -> None:
         self._leaving.set()
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
     async def main_loop(self) -> None:
         while not self._leaving.is_set():
