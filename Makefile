@@ -84,5 +84,5 @@ $(VENV)/.dev: $(SOURCES) | $(BIN)/python
 define generate
 PATH="$(BIN):$$PATH" python -m grpc_tools.protoc -Iprotos \
   --python_out=$(1) --mypy_out=$(1) --grpc_python_out=$(1) --mypy_grpc_out=$(1) \
-  guard/v1/admin.proto guard/v1/moderation.proto
+  guard/v1/admin.proto guard/v1/envoy/ext_proc.proto guard/v1/moderation.proto
 endef

@@ -11,9 +11,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Self
 
 import grpc
-from envoy.extensions.filters.http.ext_proc.v3.processing_mode_pb2 import ProcessingMode
-from envoy.service.ext_proc.v3 import external_processor_pb2 as pb
-from envoy.service.ext_proc.v3.external_processor_pb2_grpc import ExternalProcessorServicer
 
 from guard.errors import InputError, Overloaded, Unanswered
 from guard.policy.compile import Policy
@@ -31,6 +28,8 @@ from guard.settings import Settings
 from guard.telemetry import Telemetry
 from guard.types import Action, Conversation, Decision, Role, Turn, Verdict
 from guard.v1 import moderation_pb2
+from guard.v1.envoy import ext_proc_pb2 as pb
+from guard.v1.envoy.ext_proc_pb2_grpc import ExternalProcessorServicer
 
 SERVICE = pb.DESCRIPTOR.services_by_name["ExternalProcessor"].full_name
 
@@ -90,7 +89,7 @@ class Options:
         return cls(**values)
 
 
-class ExtProc(ExternalProcessorServicer):  # type: ignore[misc]  # carries no types
+class ExtProc(ExternalProcessorServicer):
     """A call is one HTTP exchange. Where no policy is known yet the call fails, and Envoy does as it is set to."""
 
     def __init__(self, settings: Settings, telemetry: Telemetry, rollout: Rollout, decisions: Decisions) -> None:
@@ -182,7 +181,7 @@ class _Exchange:
             async for message in messages:
                 match message.WhichOneof("request"):
                     case "request_headers":
-                        if message.protocol_config.response_body_mode == ProcessingMode.FULL_DUPLEX_STREAMED:
+                        if message.protocol_config.response_body_mode == pb.FULL_DUPLEX_STREAMED:
                             self._outlet = envoy.Duplex()
                         yield self._begin(message.request_headers)
                     case "request_body" if self._is_known:
@@ -305,7 +304,7 @@ class _Exchange:
         if asked is not None:
             await self._settle(asked)
         if asked is None or message.end_of_stream or not headers.get(":status", "").startswith("2"):
-            yield self._headers(ProcessingMode.NONE)
+            yield self._headers(pb.NONE)
         elif headers.get("content-encoding", "identity") != "identity":
             raise self._error(502, "a compressed reply cannot be checked", "guard_unreadable")
         elif kind == "application/json":
@@ -318,12 +317,12 @@ class _Exchange:
                 yield answer
         elif self._options.other == "pass":
             self._reply = _UNCHECKED
-            yield self._headers(ProcessingMode.NONE)
+            yield self._headers(pb.NONE)
         else:
             raise self._error(502, "a reply of this type cannot be checked", "guard_unreadable")
 
     def _headers(
-        self, body: ProcessingMode.BodySendMode.ValueType | None = None, changes_size: bool = False
+        self, body: pb.BodySendMode.ValueType | None = None, changes_size: bool = False
     ) -> pb.ProcessingResponse:
         """Lets the reply's headers go on; `body` is how its body is to come, where not as Envoy is set to."""
         mutation = envoy.setting(self._marks(), ("content-length",) if changes_size else ())
@@ -339,7 +338,7 @@ class _Exchange:
         """A reply that is there at once goes on as it came, or with what is refused taken out."""
         outlet, body = self._outlet, bytearray()
         if not outlet.keeps_headers:
-            yield self._headers(ProcessingMode.BUFFERED)
+            yield self._headers(pb.BUFFERED)
         reading = _Body(messages, outlet)
         async with reading:
             async for chunk in reading.chunks():

@@ -9,7 +9,6 @@ from types import TracebackType
 from typing import Self
 
 import grpc
-from envoy.service.ext_proc.v3.external_processor_pb2_grpc import add_ExternalProcessorServicer_to_server
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -34,6 +33,7 @@ from guard.settings import Settings
 from guard.telemetry import Telemetry, adopt_stdlib_logging
 from guard.v1 import admin_pb2, moderation_pb2
 from guard.v1.admin_pb2_grpc import add_AdminServicer_to_server
+from guard.v1.envoy.ext_proc_pb2_grpc import add_ExternalProcessorServicer_to_server
 from guard.v1.moderation_pb2_grpc import add_ModerationServicer_to_server
 
 _SERVICE = moderation_pb2.DESCRIPTOR.services_by_name["Moderation"].full_name

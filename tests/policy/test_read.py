@@ -41,7 +41,7 @@ def test_a_good_file_is_read_as_written(tmp_path: Path) -> None:
     assert steps == {"user": (("flag", 0.5, None), ("block", 0.9, None)), "agent": (("block", 1.0, None),)}
 
 
-TOP = "description, include, mode, history, long_input, on_error, stream, replies, rules, categories, overlays"
+TOP = "description, include, mode, history, long_input, on_error, stream, refusal, replies, rules, categories, overlays"
 
 # Each replaces one piece of the good file by one mistake.
 MISTAKES = {

@@ -189,6 +189,7 @@ async def test_reflection_lists_the_services(service: Service) -> None:
     call = reflection_of(service.channel).ServerReflectionInfo(iter([ServerReflectionRequest(list_services="")]))
     answer = await call.read()
     assert sorted(found.name for found in answer.list_services_response.service) == [
+        "envoy.service.ext_proc.v3.ExternalProcessor",
         "grpc.health.v1.Health",
         "grpc.reflection.v1alpha.ServerReflection",
         "guard.v1.Moderation",

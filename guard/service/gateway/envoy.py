@@ -4,10 +4,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
-from envoy.config.core.v3 import base_pb2 as core
-from envoy.extensions.filters.http.ext_proc.v3.processing_mode_pb2 import ProcessingMode
-from envoy.service.ext_proc.v3 import external_processor_pb2 as pb
-from envoy.type.v3 import http_status_pb2
+from guard.v1.envoy import ext_proc_pb2 as pb
 
 NAMESPACE = "guard"
 """Of the dynamic metadata, for access logs and other filters: request and reply, each with its action and why."""
@@ -25,9 +22,9 @@ def headers_of(message: pb.HttpHeaders) -> dict[str, str]:
 def setting(headers: Mapping[str, str], remove: tuple[str, ...] = ()) -> pb.HeaderMutation:
     return pb.HeaderMutation(
         set_headers=[
-            core.HeaderValueOption(
-                header=core.HeaderValue(key=name, raw_value=value.encode("latin-1", "replace")),
-                append_action=core.HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD,
+            pb.HeaderValueOption(
+                header=pb.HeaderValue(key=name, raw_value=value.encode("latin-1", "replace")),
+                append_action=pb.HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD,
             )
             for name, value in headers.items()
         ],
@@ -37,10 +34,10 @@ def setting(headers: Mapping[str, str], remove: tuple[str, ...] = ()) -> pb.Head
 
 def passing() -> pb.ProcessingResponse:
     """To a request's headers: no body of this exchange is looked at."""
-    mode = ProcessingMode(
-        request_body_mode=ProcessingMode.NONE,
-        response_body_mode=ProcessingMode.NONE,
-        response_header_mode=ProcessingMode.SEND,
+    mode = pb.ProcessingMode(
+        request_body_mode=pb.NONE,
+        response_body_mode=pb.NONE,
+        response_header_mode=pb.ProcessingMode.SEND,
     )
     return pb.ProcessingResponse(request_headers=pb.HeadersResponse(), mode_override=mode)
 
@@ -48,7 +45,7 @@ def passing() -> pb.ProcessingResponse:
 def immediate(status: int, headers: Mapping[str, str], body: bytes, details: str) -> pb.ProcessingResponse:
     return pb.ProcessingResponse(
         immediate_response=pb.ImmediateResponse(
-            status=http_status_pb2.HttpStatus(code=status),
+            status=pb.HttpStatus(code=status),
             headers=setting(headers),
             body=body,
             details=details,

@@ -129,8 +129,10 @@ async def test_openai_responses_and_completions_are_cut_and_ended(service: Servi
 
 
 async def test_anthropic_messages_are_cut_and_ended(service: Service) -> None:
-    async with before(Backend([BAD], pause=0.001), service.target) as front:
-        client = anthropic.AsyncAnthropic(base_url=front.url, api_key="x", max_retries=0)
+    async with (
+        before(Backend([BAD], pause=0.001), service.target) as front,
+        anthropic.AsyncAnthropic(base_url=front.url, api_key="x", max_retries=0) as client,
+    ):
         async with client.messages.stream(
             model="m", max_tokens=9, messages=[{"role": "user", "content": "Tell me."}]
         ) as stream:

@@ -1,0 +1,1 @@
+"""Generated from protos/guard/v1/envoy by `make protos`."""
