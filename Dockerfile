@@ -18,7 +18,7 @@ ARG TORCH_INDEX=
 COPY constraints.txt ./
 RUN /opt/guard/bin/pip install --constraint constraints.txt ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} "$TORCH"
 COPY . .
-RUN /opt/guard/bin/pip install --constraint constraints.txt '.[crypto,llama-guard,otel]'
+RUN /opt/guard/bin/pip install --constraint constraints.txt '.[crypto,llama-guard,otel,sidecar]'
 
 FROM python:3.11-slim-bookworm
 # OpenMP, for the kernels.
@@ -30,7 +30,7 @@ COPY --from=build /opt/guard /opt/guard
 ENV PATH=/opt/guard/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
 USER 10001:10001
 WORKDIR /tmp
-EXPOSE 50051 9090
+EXPOSE 8080 50051 9090
 # To be overridden where TLS is on: guard client health takes --tls-ca, --tls-cert and --tls-key.
 HEALTHCHECK --start-period=60s --interval=10s --timeout=5s CMD ["guard", "client", "health"]
 ENTRYPOINT ["guard"]
