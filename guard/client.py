@@ -59,7 +59,8 @@ _MODES: Mapping[str, pb.StreamMode.ValueType] = {
     "lag": pb.STREAM_MODE_LAG,
     "monitor": pb.STREAM_MODE_MONITOR,
 }
-_RETRIES = {
+_SERVICE_CONFIG = {
+    "loadBalancingConfig": [{"round_robin": {}}],  # over all that a name stands for, not the first alone
     "methodConfig": [
         {
             "name": [{"service": "guard.v1.Moderation"}],
@@ -71,7 +72,7 @@ _RETRIES = {
                 "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
             },
         }
-    ]
+    ],
 }
 
 
@@ -552,7 +553,7 @@ def _open(api: Any, target: str, tls: Tls | None, retries: bool) -> Any:
     options = [
         ("grpc.max_receive_message_length", -1),
         ("grpc.enable_retries", int(retries)),
-        ("grpc.service_config", json.dumps(_RETRIES)),
+        ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
     ]
     if tls is None:
         return api.insecure_channel(target, options=options)

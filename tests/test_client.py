@@ -116,6 +116,15 @@ async def test_a_refused_call_is_tried_again(service: Service) -> None:
     assert len(service.judge.lanes) == 2
 
 
+async def test_all_addresses_of_a_name_are_asked(serve: Serve) -> None:
+    """Each in its turn, not the first alone."""
+    async with serve() as one, serve() as other:
+        target = f"ipv4:127.0.0.1:{one.server.grpc_port},127.0.0.1:{other.server.grpc_port}"
+        async with Client(target) as client:
+            while not (one.judge.lanes and other.judge.lanes):
+                await client.check(HI)
+
+
 async def test_a_server_that_is_not_there_is_told() -> None:
     """It is Unanswered, with gRPC's own words."""
     async with Client("localhost:1", retries=False) as client:
