@@ -25,6 +25,7 @@ _EXT_PROC = "type.googleapis.com/envoy.extensions.filters.http.ext_proc.v3.Exter
 _NETWORK = "envoy.filters.network.http_connection_manager"
 _MANAGER = f"type.googleapis.com/{_NETWORK.replace('filters', 'extensions.filters')}.v3.HttpConnectionManager"
 _HTTP = "type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
+_CONVERSATION = "guard.conversation"
 _MESSAGE_SECONDS = 30  # that an answer of Guard's may take, its queue included
 _POLL = 0.05  # seconds
 
@@ -115,6 +116,7 @@ def bootstrap(sidecar: Sidecar, guard: str, is_open: bool, max_bytes: int) -> Js
         "stream_idle_timeout": f"{sidecar.timeout}s",
         "access_log": [_access_log(sidecar.access_log)] if sidecar.access_log else [],
         "http_filters": [
+            _remember(sidecar.conversation_header),
             {"name": "guard", "typed_config": _filter(sidecar, is_open)},
             _named("envoy.filters.http.router", "envoy.extensions.filters.http.router.v3.Router"),
         ],
@@ -148,6 +150,13 @@ def bootstrap(sidecar: Sidecar, guard: str, is_open: bool, max_bytes: int) -> Js
     }
 
 
+def _remember(header: str) -> Json:
+    """Keeps the header for the calls to Guard, into which Envoy puts nothing straight from a request."""
+    rule = {"header": header, "on_header_present": {"metadata_namespace": _CONVERSATION, "key": "id"}}
+    config = {"@type": "type.googleapis.com/envoy.extensions.filters.http.header_to_metadata.v3.Config"}
+    return {"name": _CONVERSATION, "typed_config": config | {"request_rules": [rule]}}
+
+
 def _filter(sidecar: Sidecar, is_open: bool) -> Json:
     given = {
         "policy": sidecar.policy,
@@ -158,6 +167,8 @@ def _filter(sidecar: Sidecar, is_open: bool) -> Json:
         "headers": sidecar.metadata_headers,
     }
     metadata = [{"key": f"guard-{key}", "value": value} for key, value in given.items() if value]
+    # Not for Guard: a gateway before many of them takes a conversation to where it is known by it.
+    metadata.append({"key": sidecar.conversation_header.lower(), "value": f"%DYNAMIC_METADATA({_CONVERSATION}:id)%"})
     if sidecar.guard_token_file is not None:
         token = sidecar.guard_token_file.read_text(encoding="utf-8").strip()
         metadata.append({"key": "authorization", "value": f"Bearer {token}"})

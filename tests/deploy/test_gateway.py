@@ -9,13 +9,15 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import grpc
 import pytest
 import trustme
 import yaml
+from aiohttp import web
 
 from guard.client import check_request
-from guard.service.sidecar import running
+from guard.service.sidecar import Sidecar, bootstrap, running
 from guard.telemetry import Telemetry
 from guard.v1 import admin_pb2
 from guard.v1.admin_pb2_grpc import AdminStub
@@ -69,9 +71,14 @@ async def gateway(services: list[Service]) -> AsyncIterator[grpc.aio.Channel]:
     telemetry = Telemetry.start(stream=services[0].log)
     async with running(before(services), telemetry.log, 1) as ended:
         ended.close()
-        (port,) = (event["port"] for event in services[0].events("envoy_listening"))
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        async with grpc.aio.insecure_channel(address_of(services)) as channel:
             yield channel
+
+
+def address_of(services: list[Service]) -> str:
+    """Where the gateway before them listens."""
+    (event,) = services[0].events("envoy_listening")
+    return f"127.0.0.1:{event['port']}"
 
 
 async def answered_by(services: list[Service], channel: grpc.aio.Channel, conversation: str) -> int:
@@ -140,3 +147,44 @@ async def test_a_replica_that_loads_is_passed_over(serve: Serve) -> None:
             assert {await answered_by([one, loading], channel, str(number)) for number in range(8)} == {0}
             await loading.server._set_health(True)
             await found([one, loading], channel)
+
+
+@asynccontextmanager
+async def backend() -> AsyncIterator[str]:
+    """One that says the same to everybody."""
+
+    async def complete(_: web.Request) -> web.Response:
+        return web.json_response({"choices": [{"index": 0, "message": {"role": "assistant", "content": "Hello."}}]})
+
+    app = web.Application()
+    app.add_routes([web.post("/v1/chat/completions", complete)])
+    runner = web.AppRunner(app)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
+
+
+async def test_a_sidecar_brings_a_conversation_to_where_it_is_known(serve: Serve) -> None:
+    """Its exchanges go through the gateway to the replica that others' calls of the conversation go to."""
+    async with AsyncExitStack() as stack:
+        services = [await stack.enter_async_context(serve()) for _ in range(3)]
+        channel = await stack.enter_async_context(gateway(services))
+        await found(services, channel)
+        sidecar = Sidecar(upstream=await stack.enter_async_context(backend()), bind="127.0.0.1:0", admin="127.0.0.1:0")
+        config = bootstrap(sidecar, address_of(services), False, 2**20)
+        ended = await stack.enter_async_context(running(config, Telemetry.start(stream=services[1].log).log, 1))
+        ended.close()
+        (port,) = (event["port"] for event in services[1].events("envoy_listening"))
+        http = await stack.enter_async_context(aiohttp.ClientSession(f"http://127.0.0.1:{port}"))
+        asked = {"messages": [{"role": "user", "content": "Hi!"}]}
+        for conversation in (f"conversation-{number}" for number in range(12)):
+            home = await answered_by(services, channel, conversation)
+            counts = [len(each.judge.lanes) for each in services]
+            headers = {"x-conversation-id": conversation}
+            async with http.post("/v1/chat/completions", json=asked, headers=headers) as answer:
+                assert (answer.status, answer.headers["x-guard-reply"]) == (200, "allow")
+            more = [len(each.judge.lanes) - count for each, count in zip(services, counts, strict=True)]
+            assert more == [2 * (index == home) for index in range(3)]  # the request and the reply
