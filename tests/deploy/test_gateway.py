@@ -1,7 +1,9 @@
 """The Envoy in front of many Guards, for real: it brings each conversation to one of them, and copes when one goes."""
 
 import asyncio
+import json
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -67,9 +69,9 @@ def before(services: list[Service]) -> dict[str, Any]:
 
 
 @asynccontextmanager
-async def gateway(services: list[Service]) -> AsyncIterator[grpc.aio.Channel]:
+async def gateway(services: list[Service], config: dict[str, Any] | None = None) -> AsyncIterator[grpc.aio.Channel]:
     telemetry = Telemetry.start(stream=services[0].log)
-    async with running(before(services), telemetry.log, 1) as ended:
+    async with running(config or before(services), telemetry.log, 1) as ended:
         ended.close()
         async with grpc.aio.insecure_channel(address_of(services)) as channel:
             yield channel
@@ -127,6 +129,44 @@ async def test_one_that_is_full_is_helped_out(serve: Serve) -> None:
             request = check_request([("user", "busy once")])
             await ModerationStub(channel).Check(request, timeout=10)
             assert sorted(len(each.judge.lanes) for each in services) == [1, 2]  # each is busy for its first
+
+
+async def test_a_gateway_that_is_to_stop_says_so_first(serve: Serve) -> None:
+    """What its preStop asks Envoy for makes it unready, while calls are answered still."""
+    async with serve() as service:
+        config = before([service])
+        ports = [free_port(), free_port()]
+        config["admin"]["address"]["socket_address"]["port_value"] = ports[0]
+        config["static_resources"]["listeners"][1]["address"]["socket_address"]["port_value"] = ports[1]
+        config["static_resources"]["clusters"][1] = yaml.safe_load(
+            json.dumps(config["static_resources"]["clusters"][1]).replace("9901", str(ports[0]))
+        )
+        async with gateway([service], config) as channel, aiohttp.ClientSession() as http:
+            watch, pre_stop = f"http://127.0.0.1:{ports[1]}", pre_stop_of("gateway")
+            async with http.get(f"{watch}/ready") as ready, http.get(f"{watch}/metrics") as metrics:
+                assert (ready.status, metrics.status) == (200, 200)
+                assert "envoy_cluster_upstream_rq" in await metrics.text()
+            async with http.get(f"{watch}/quitquitquit") as hidden:
+                assert hidden.status == 404
+            script = pre_stop.replace("9901", str(ports[0])).replace("time.sleep(20)", "")
+            stopping = await asyncio.create_subprocess_exec(sys.executable, "-c", script)
+            assert await stopping.wait() == 0
+            async with http.get(f"{watch}/ready") as ready, http.get(f"{watch}/metrics") as metrics:
+                assert (ready.status, metrics.status) == (503, 200)
+            await ModerationStub(channel).Check(REQUEST, timeout=10)
+
+
+def pre_stop_of(values: str) -> str:
+    pod = of_kind("Deployment", rendered(VALUES[values]), "guard-gateway")["spec"]["template"]["spec"]
+    python, option, script = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+    assert (python, option) == ("python", "-c")
+    return str(script)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port: int = taken.getsockname()[1]
+        return port
 
 
 async def test_operators_ask_each_replica_by_itself(serve: Serve, tmp_path: Path) -> None:

@@ -133,10 +133,10 @@ grpc: {port: 50051}
     name: {{ .Values.policies.configMap | default (printf "%s-policies" (include "guard.fullname" .)) }}
 {{- end }}
 {{- range $name, $file := .Values.files }}
-- {name: {{ $name | replace "_" "-" }}, secret: {secretName: {{ $file.secret }}, defaultMode: 0440}}
+- {name: {{ $name | replace "_" "-" }}, secret: {secretName: {{ $file.secret }}, defaultMode: 0444}}
 {{- end }}
 {{- if .Values.tls.secret }}
-- {name: tls, secret: {secretName: {{ .Values.tls.secret }}, defaultMode: 0440}}
+- {name: tls, secret: {secretName: {{ .Values.tls.secret }}, defaultMode: 0444}}
 {{- end }}
 {{- with .Values.extraVolumes }}
 {{ toYaml . }}
