@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +20,7 @@ RULES = yaml.safe_load((DEPLOY / "prometheus" / "rules.yaml").read_text(encoding
 ADAPTER = yaml.safe_load((DEPLOY / "prometheus" / "adapter.yaml").read_text(encoding="utf-8"))
 DASHBOARD = json.loads((DEPLOY / "grafana" / "guard.json").read_text(encoding="utf-8"))
 OPERATIONS = (DEPLOY.parent / "docs" / "operations.md").read_text(encoding="utf-8")
+PROMTOOL = shutil.which("promtool")
 GRAFANA = {"$__rate_interval": "5m", "$job": ".*"}
 
 
@@ -119,6 +122,28 @@ def test_alerts_name_labels_that_their_expression_keeps() -> None:
         named = set(re.findall(r"\$labels\.(\w+)", str(alert["annotations"])))
         kept = set().union(*(recorded().get(name, set()) for name, _ in selectors(alert["expr"])))
         assert named <= grouped_by(alert["expr"]) | kept | TARGET
+
+
+def test_every_alert_is_set_off_by_a_test() -> None:
+    """And there is a time when it is quiet."""
+    tests = yaml.safe_load((DEPLOY / "prometheus" / "rules_test.yaml").read_text(encoding="utf-8"))["tests"]
+    cases = [case for test in tests for case in test["alert_rule_test"]]
+    names = {alert["alert"] for alert in alerts()}
+    assert {case["alertname"] for case in cases if case.get("exp_alerts")} == names
+    assert {case["alertname"] for case in cases if not case.get("exp_alerts")} == names
+    for test in tests:
+        for series in test["input_series"]:
+            ((name, labels),) = selectors(series["series"])
+            assert labels <= exported()[name] | TARGET
+
+
+@pytest.mark.skipif(PROMTOOL is None, reason="needs promtool, which comes with Prometheus")
+def test_alerts_ring_when_they_should() -> None:
+    """By Prometheus itself."""
+    assert PROMTOOL is not None
+    command = [PROMTOOL, "test", "rules", "rules_test.yaml"]
+    done = subprocess.run(command, cwd=DEPLOY / "prometheus", capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_chart_brings_rules_and_dashboard_as_they_are() -> None:
