@@ -1,17 +1,22 @@
 """What the chart makes is what Kubernetes takes, and what operators are promised."""
 
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
+import trustme
 import yaml
+from typer.testing import CliRunner
 
+from guard.cli import app
 from guard.service.sidecar import Sidecar
 from guard.settings import Settings
+from tests.conftest import Serve
 from tests.deploy.chart import CHART, NAMESPACE, VALUES, Manifest, env_of, guard_of, helm, of_kind, rendered
-from tests.test_docs import commands
 
 kubernetes = pytest.importorskip("kubernetes_validate")
 
@@ -199,6 +204,23 @@ def test_probes_ask_where_something_answers(charts: dict[str, list[Manifest]]) -
     assert env_of(guard_of(charts["sidecar"]))["GUARD_HTTP"] == "0.0.0.0:9090"
 
 
+async def test_a_server_with_tls_answers_the_probe(
+    charts: dict[str, list[Manifest]], serve: Serve, tmp_path: Path
+) -> None:
+    """By the scheme that the chart names, and without a certificate of the kubelet's."""
+    authority = trustme.CA()
+    certificate = authority.issue_cert("localhost")
+    authority.cert_pem.write_to_path(tmp_path / "ca.crt")
+    certificate.private_key_pem.write_to_path(tmp_path / "tls.key")
+    certificate.cert_chain_pems[0].write_to_path(tmp_path / "tls.crt")
+    tls = {"tls_cert": tmp_path / "tls.crt", "tls_key": tmp_path / "tls.key", "tls_client_ca": tmp_path / "ca.crt"}
+    probe = guard_of(charts["secured"])["readinessProbe"]["httpGet"]
+    async with serve(**tls) as service, aiohttp.ClientSession() as http:
+        url = f"{probe.get('scheme', 'HTTP').lower()}://localhost:{service.server.http_port}{probe['path']}"
+        async with http.get(url, ssl=False) as answer:
+            assert answer.status == 200
+
+
 def test_nothing_goes_out(charts: dict[str, list[Manifest]]) -> None:
     """Unless it is listed, and then names may be asked for too."""
     default = of_kind("NetworkPolicy", charts["default"])["spec"]
@@ -219,14 +241,26 @@ def test_a_backend_is_reached_through_guard_alone(charts: dict[str, list[Manifes
         assert [port["name"] for port in of_kind("Service", charts[name])["spec"]["ports"]] == ["proxy"]
 
 
-def test_the_sidecar_is_given_options_that_it_has(charts: dict[str, list[Manifest]]) -> None:
-    arguments = guard_of(charts["sidecar"])["args"]
-    assert arguments == [
-        *("sidecar", "--upstream=http://127.0.0.1:8000", "--bind=0.0.0.0:8080"),
-        *("--fail=closed", "--optimistic", "--timeout=300"),
-    ]
-    options = {argument.partition("=")[0] for argument in arguments[1:]}
-    assert options <= commands()["guard sidecar"]
+@pytest.mark.parametrize("values", ["sidecar", "sidecar of a shared Guard"])
+def test_the_sidecar_takes_what_it_is_given(values: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`guard sidecar` makes of the container's arguments and variables a configuration of Envoy."""
+    container = guard_of(rendered(VALUES[values]))
+    for variable, value in env_of(container).items():
+        monkeypatch.setenv(variable, value if isinstance(value, str) else "2")
+    done = CliRunner().invoke(app, [*container["args"], "--print-config"], catch_exceptions=False)
+    resources = json.loads(done.stdout)["static_resources"]
+    assert resources["listeners"][0]["address"]["socket_address"] == {"address": "0.0.0.0", "port_value": 8080}
+    found = {
+        each["name"]: each["load_assignment"]["endpoints"][0]["lb_endpoints"][0]["endpoint"]["address"][
+            "socket_address"
+        ]
+        for each in resources["clusters"]
+    }
+    guard = VALUES[values]["sidecar"]["options"].get("guard", "127.0.0.1:50051").rpartition(":")[0]
+    assert found == {
+        "upstream": {"address": "127.0.0.1", "port_value": 8000},
+        "guard": {"address": guard, "port_value": 50051},
+    }
 
 
 def test_with_a_gateway_guards_are_asked_through_it_alone(charts: dict[str, list[Manifest]]) -> None:
