@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import aiohttp
+import httpx
 import pytest
 import trustme
 import yaml
@@ -215,10 +215,11 @@ async def test_a_server_with_tls_answers_the_probe(
     certificate.cert_chain_pems[0].write_to_path(tmp_path / "tls.crt")
     tls = {"tls_cert": tmp_path / "tls.crt", "tls_key": tmp_path / "tls.key", "tls_client_ca": tmp_path / "ca.crt"}
     probe = guard_of(charts["secured"])["readinessProbe"]["httpGet"]
-    async with serve(**tls) as service, aiohttp.ClientSession() as http:
-        url = f"{probe.get('scheme', 'HTTP').lower()}://localhost:{service.server.http_port}{probe['path']}"
-        async with http.get(url, ssl=False) as answer:
-            assert answer.status == 200
+    async with serve(**tls) as service, httpx.AsyncClient(verify=False) as http:
+        answer = await http.get(
+            f"{probe.get('scheme', 'HTTP').lower()}://localhost:{service.server.http_port}{probe['path']}"
+        )
+        assert answer.status_code == 200
 
 
 def test_nothing_goes_out(charts: dict[str, list[Manifest]]) -> None:

@@ -6,17 +6,18 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import grpc
+import httpx
 import pytest
 import trustme
 import yaml
-from aiohttp import web
 
 from guard.client import check_request
 from guard.service.sidecar import Sidecar, bootstrap, running
@@ -141,18 +142,16 @@ async def test_a_gateway_that_is_to_stop_says_so_first(serve: Serve) -> None:
         config["static_resources"]["clusters"][1] = yaml.safe_load(
             json.dumps(config["static_resources"]["clusters"][1]).replace("9901", str(ports[0]))
         )
-        async with gateway([service], config) as channel, aiohttp.ClientSession() as http:
+        async with gateway([service], config) as channel, httpx.AsyncClient() as http:
             watch, pre_stop = f"http://127.0.0.1:{ports[1]}", pre_stop_of("gateway")
-            async with http.get(f"{watch}/ready") as ready, http.get(f"{watch}/metrics") as metrics:
-                assert (ready.status, metrics.status) == (200, 200)
-                assert "envoy_cluster_upstream_rq" in await metrics.text()
-            async with http.get(f"{watch}/quitquitquit") as hidden:
-                assert hidden.status == 404
+            assert (await http.get(f"{watch}/ready")).status_code == 200
+            assert "envoy_cluster_upstream_rq" in (await http.get(f"{watch}/metrics")).text
+            assert (await http.get(f"{watch}/quitquitquit")).status_code == 404
             script = pre_stop.replace("9901", str(ports[0])).replace("time.sleep(20)", "")
             stopping = await asyncio.create_subprocess_exec(sys.executable, "-c", script)
             assert await stopping.wait() == 0
-            async with http.get(f"{watch}/ready") as ready, http.get(f"{watch}/metrics") as metrics:
-                assert (ready.status, metrics.status) == (503, 200)
+            assert (await http.get(f"{watch}/ready")).status_code == 503
+            assert (await http.get(f"{watch}/metrics")).status_code == 200
             await ModerationStub(channel).Check(REQUEST, timeout=10)
 
 
@@ -189,22 +188,33 @@ async def test_a_replica_that_loads_is_passed_over(serve: Serve) -> None:
             await found([one, loading], channel)
 
 
-@asynccontextmanager
-async def backend() -> AsyncIterator[str]:
+class Backend(BaseHTTPRequestHandler):
     """One that says the same to everybody."""
 
-    async def complete(_: web.Request) -> web.Response:
-        return web.json_response({"choices": [{"index": 0, "message": {"role": "assistant", "content": "Hello."}}]})
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["content-length"]))
+        said = {"choices": [{"index": 0, "message": {"role": "assistant", "content": "Hello."}}]}
+        body = json.dumps(said).encode()
+        self.send_response(200)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
 
-    app = web.Application()
-    app.add_routes([web.post("/v1/chat/completions", complete)])
-    runner = web.AppRunner(app)
-    await runner.setup()
-    try:
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
-    finally:
-        await runner.cleanup()
+    def log_message(self, format: str, *args: object) -> None:
+        """To nobody."""
+
+
+@contextmanager
+def backend() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Backend) as server:
+        serving = threading.Thread(target=server.serve_forever)
+        serving.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            serving.join()
 
 
 async def test_a_sidecar_brings_a_conversation_to_where_it_is_known(serve: Serve) -> None:
@@ -213,18 +223,18 @@ async def test_a_sidecar_brings_a_conversation_to_where_it_is_known(serve: Serve
         services = [await stack.enter_async_context(serve()) for _ in range(3)]
         channel = await stack.enter_async_context(gateway(services))
         await found(services, channel)
-        sidecar = Sidecar(upstream=await stack.enter_async_context(backend()), bind="127.0.0.1:0", admin="127.0.0.1:0")
+        sidecar = Sidecar(upstream=stack.enter_context(backend()), bind="127.0.0.1:0", admin="127.0.0.1:0")
         config = bootstrap(sidecar, address_of(services), False, 2**20)
         ended = await stack.enter_async_context(running(config, Telemetry.start(stream=services[1].log).log, 1))
         ended.close()
         (port,) = (event["port"] for event in services[1].events("envoy_listening"))
-        http = await stack.enter_async_context(aiohttp.ClientSession(f"http://127.0.0.1:{port}"))
+        http = await stack.enter_async_context(httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}"))
         asked = {"messages": [{"role": "user", "content": "Hi!"}]}
         for conversation in (f"conversation-{number}" for number in range(12)):
             home = await answered_by(services, channel, conversation)
             counts = [len(each.judge.lanes) for each in services]
             headers = {"x-conversation-id": conversation}
-            async with http.post("/v1/chat/completions", json=asked, headers=headers) as answer:
-                assert (answer.status, answer.headers["x-guard-reply"]) == (200, "allow")
+            answer = await http.post("/v1/chat/completions", json=asked, headers=headers)
+            assert (answer.status_code, answer.headers["x-guard-reply"]) == (200, "allow")
             more = [len(each.judge.lanes) - count for each, count in zip(services, counts, strict=True)]
             assert more == [2 * (index == home) for index in range(3)]  # the request and the reply
