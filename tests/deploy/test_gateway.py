@@ -229,12 +229,15 @@ async def test_a_sidecar_brings_a_conversation_to_where_it_is_known(serve: Serve
         ended.close()
         (port,) = (event["port"] for event in services[1].events("envoy_listening"))
         http = await stack.enter_async_context(httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}"))
-        asked = {"messages": [{"role": "user", "content": "Hi!"}]}
-        for conversation in (f"conversation-{number}" for number in range(12)):
-            home = await answered_by(services, channel, conversation)
+
+        async def judged_by(conversation: str) -> list[int]:
+            """How much of an exchange each of the replicas judged."""
             counts = [len(each.judge.lanes) for each in services]
-            headers = {"x-conversation-id": conversation}
-            answer = await http.post("/v1/chat/completions", json=asked, headers=headers)
+            asked = {"messages": [{"role": "user", "content": "Hi!"}]}
+            answer = await http.post("/v1/chat/completions", json=asked, headers={"x-conversation-id": conversation})
             assert (answer.status_code, answer.headers["x-guard-reply"]) == (200, "allow")
-            more = [len(each.judge.lanes) - count for each, count in zip(services, counts, strict=True)]
-            assert more == [2 * (index == home) for index in range(3)]  # the request and the reply
+            return [len(each.judge.lanes) - count for each, count in zip(services, counts, strict=True)]
+
+        homes = {each: await answered_by(services, channel, each) for each in map(str, range(12))}
+        for conversation, home in homes.items():
+            assert (await judged_by(conversation))[home] == 2  # the request and the reply
