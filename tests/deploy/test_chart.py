@@ -265,8 +265,10 @@ def test_the_sidecar_takes_what_it_is_given(values: str, monkeypatch: pytest.Mon
 
 
 def test_with_a_gateway_guards_are_asked_through_it_alone(charts: dict[str, list[Manifest]]) -> None:
-    (rule, _) = of_kind("NetworkPolicy", charts["gateway"])["spec"]["ingress"]
-    ((peer,),) = [rule["from"]]
+    """By gRPC; HTTP has no use for it."""
+    grpc, http = of_kind("NetworkPolicy", charts["gateway"])["spec"]["ingress"]
+    (peer,) = grpc["from"]
+    assert {"podSelector": {}} in http["from"]
     assert peer["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == "gateway"
     out = of_kind("NetworkPolicy", charts["gateway"], "guard-gateway")["spec"]["egress"]
     assert [port["port"] for each in out for port in each["ports"]] == [50051, 53, 53]

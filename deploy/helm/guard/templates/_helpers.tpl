@@ -64,7 +64,7 @@ capabilities: {drop: [ALL]}
 seccompProfile: {type: RuntimeDefault}
 {{- end -}}
 
-{{/* Is it ready to judge? Where gRPC is encrypted, the kubelet cannot ask it. */}}
+{{/* Is it ready to judge? Of TLS the kubelet knows HTTPS alone. */}}
 {{- define "guard.ready" -}}
 {{- if eq .Values.mode "sidecar" -}}
 {{- if include "guard.runs" . -}}
@@ -73,7 +73,7 @@ httpGet: {path: /healthz, port: http}
 tcpSocket: {port: proxy}
 {{- end -}}
 {{- else if .Values.tls.secret -}}
-httpGet: {path: /healthz, port: http}
+httpGet: {path: /healthz, port: http, scheme: HTTPS}
 {{- else -}}
 grpc: {port: 50051}
 {{- end -}}
