@@ -242,7 +242,7 @@ class _Exchange:
     async def _ask(self, body: bytes) -> pb.ProcessingResponse:
         """The request's body, whole, is judged before it goes up, or while the backend begins."""
         try:
-            self._asked = asked = self._api.ask(loads(body, "request"))
+            self._asked = asked = self._api.ask(loads(body, "request", folds=True))
             if any(len(turns) >= self._settings.max_turns for turns in asked.conversations):
                 raise InputError("request", f"has too many turns, at most {self._settings.max_turns} are taken")
         except InputError as error:

@@ -151,10 +151,14 @@ def dumps(document: object) -> bytes:
     return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
 
 
-def loads(data: bytes, place: str) -> Json:
-    """A JSON object that says everything once: of a key that stands twice, another reader may take the other value."""
+def loads(data: bytes, place: str, folds: bool = False) -> Json:
+    """A JSON object that says everything once: of a key that stands twice, another reader may take the other value.
+
+    With `folds` keys are told apart as the readers do that care least about capitals, such as those of backends in Go.
+    Raises InputError.
+    """
     try:
-        document = json.loads(data, object_pairs_hook=_once)
+        document = json.loads(data, object_pairs_hook=_once_folded if folds else _once)
     except (ValueError, RecursionError):
         raise InputError(place, "is not a JSON document with every key once") from None
     if not isinstance(document, dict):
@@ -162,8 +166,13 @@ def loads(data: bytes, place: str) -> Json:
     return document
 
 
-def _once(pairs: list[tuple[str, object]]) -> Json:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+def _once(pairs: Iterable[tuple[str, object]]) -> Json:
+    given = list(pairs)
+    found = dict(given)
+    if len(found) < len(given):
         raise ValueError("a key stands twice")
     return found
+
+
+def _once_folded(pairs: list[tuple[str, object]]) -> Json:
+    return _once((key.casefold(), value) for key, value in pairs)

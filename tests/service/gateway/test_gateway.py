@@ -216,6 +216,7 @@ async def test_what_cannot_be_checked_is_refused(service: Service) -> None:
     """Unknown paths, compressed bodies, what is no JSON or says a thing twice, tokens in place of texts."""
     backend = Backend(headers={"content-encoding": "gzip"})
     twice = b'{"messages": [{"role": "user", "content": "hi"}], "messages": [{"role": "user", "content": "ho"}]}'
+    capitals = b'{"messages": [{"role": "user", "content": "hi", "Content": "ho"}]}'
     tokens = {"model": "m", "prompt": [1, 2, 3]}
     async with before(backend, service.target, max_bytes=100_000) as front:
         assert (await front.post("/v1/other", {})).status_code == 403
@@ -223,6 +224,7 @@ async def test_what_cannot_be_checked_is_refused(service: Service) -> None:
         assert (await front.post(PATHS[0], packed, content_encoding="gzip")).status_code == 415
         assert (await front.post(PATHS[0], b"{")).status_code == 400
         assert (await front.post(PATHS[0], twice)).status_code == 400
+        assert (await front.post(PATHS[0], capitals)).status_code == 400
         assert (await front.post(PATHS[0], {"messages": "hi"})).status_code == 400
         assert (await front.post("/v1/completions", tokens)).status_code == 400
         assert (await front.post(PATHS[0], asking(PATHS[0], "x" * 200_000))).status_code == 413
@@ -241,6 +243,16 @@ async def test_what_is_not_known_passes_where_it_may(service: Service) -> None:
             "none",
             "none",
         )
+
+
+@pytest.mark.parametrize("key", ["Content", "CONTENT", "con\u0074ent"])
+async def test_a_key_written_otherwise_is_no_way_around(service: Service, key: str) -> None:
+    """Some backends do not care for capitals."""
+    backend = Backend()
+    async with before(backend, service.target) as front:
+        answer = await front.post("/api/chat", {"Meſſages": [{"role": "user", key: "attack"}]})
+    assert (answer.status_code, backend.asked) == (400, [])
+    assert answer.headers["x-guard-request"] == "block"
 
 
 @pytest.mark.parametrize("path", ["/v1//chat/completions", "/v1/./chat/completions", "/v1/chat%2Fcompletions"])
