@@ -403,7 +403,7 @@ class _Exchange:
                     for answer in outlet.passed(len(chunk), b""):
                         yield answer
             for answer in outlet.ended(body.has_trailers):
-                yield envoy.tell(answer, {"reply": self._reply.facts()})
+                yield envoy.tell(answer, {"reply": self._reply.facts() | _facts(reply.decisive)})
         self._is_over = True
 
     def _judge_stream(self, index: int) -> Stream:
@@ -484,6 +484,15 @@ class _Body:
             await self._read.put(error)
         else:
             await self._read.put(None)
+
+
+def _facts(said: moderation_pb2.CheckStreamResponse | None) -> dict[str, str]:
+    """Those of a reply that streamed, beside what became of it."""
+    if said is None:
+        return {}
+    named = dict.fromkeys(violation.category or violation.rule for violation in said.verdict.violations)
+    policy = f"{said.provenance.policy}@{said.provenance.policy_revision}"
+    return {"decision": said.decision_id, "policy": policy} | ({"violations": ", ".join(named)} if named else {})
 
 
 def _severity(outcome: _Outcome) -> tuple[Action, bool]:

@@ -48,6 +48,7 @@ class Choice:
     ending: str | None = None  # it is cut, and this stands in place of the rest
     is_told: bool = False  # of the cut
     action: Action = Action.ALLOW
+    said_last: pb.CheckStreamResponse | None = None  # with a verdict
     following: asyncio.Task[None] | None = None
 
     def say(self, text: str, part: str) -> None:
@@ -148,6 +149,12 @@ class StreamedReply:
         """The strictest of the choices' last verdicts."""
         return max((choice.action for choice in self._choices.values()), default=Action.ALLOW)
 
+    @property
+    def decisive(self) -> pb.CheckStreamResponse | None:
+        """The last verdict on the choice that came off worst."""
+        worst = max(self._choices.values(), key=lambda choice: choice.action, default=None)
+        return worst.said_last if worst is not None else None
+
     def _is_over(self) -> bool:
         choices = self._choices.values()
         if self._all_told():
@@ -200,7 +207,7 @@ class StreamedReply:
             async for answer in choice.judging.answers(choice.requests()):
                 choice.released = max(choice.released, answer.release)
                 if answer.HasField("verdict"):
-                    choice.action = _ACTIONS[answer.verdict.action]
+                    choice.action, choice.said_last = _ACTIONS[answer.verdict.action], answer
                     self.is_unchecked |= answer.verdict.degraded
                 if answer.HasField("cut"):
                     self._cut(choice, self._refused(answer))

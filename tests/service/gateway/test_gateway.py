@@ -357,6 +357,8 @@ async def test_the_access_log_says_what_was_said_and_no_text(service: Service, t
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert [(line["request_action"], line["reply_action"]) for line in lines] == [("allow", "block"), ("block", None)]
     assert [line["path"] for line in lines] == [PATHS[0]] * 2
+    assert (lines[0]["reply_violations"], lines[1]["request_violations"]) == ("unsafe", "unsafe")
+    assert lines[0]["reply_decision"].startswith("decision-")
     assert lines[1]["details"] == "content_filter"
     assert all(word not in log.read_text() for word in ("private", "attack", "Tell"))
 
