@@ -19,6 +19,7 @@ _ACTIONS_ON_WIRE = {
     Action.REDIRECT: pb.ACTION_REDIRECT,
     Action.BLOCK: pb.ACTION_BLOCK,
 }
+_ACTIONS = {value: action for action, value in _ACTIONS_ON_WIRE.items()}
 _ROLE_NAMES = ", ".join(pb.Role.Name(value) for value in _ROLES)
 
 
@@ -76,6 +77,10 @@ def _to_role(index: int, role: pb.Role.ValueType) -> Role:
 
 def from_turn(turn: Turn) -> pb.Turn:
     return pb.Turn(role=_ROLES_ON_WIRE[turn.role], text=turn.text.encode("utf-8", "replace").decode())
+
+
+def to_action(action: pb.Action.ValueType) -> Action:
+    return _ACTIONS[action]
 
 
 def from_action(action: Action) -> pb.Action.ValueType:

@@ -1,6 +1,7 @@
 """OpenAI's APIs, as many other backends have them: chat completions, responses, and completions of a prompt."""
 
 import time
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -46,8 +47,8 @@ class _Completions(OpenAI):
     def _head(self, model: str) -> Json:
         return {"id": "guard", "object": self.kind, "created": int(time.time()), "model": model}
 
-    def _delta(self, choice: int, text: str, finish: str | None) -> Json:
-        raise NotImplementedError
+    @abstractmethod
+    def _delta(self, choice: int, text: str, finish: str | None) -> Json: ...
 
 
 class Chat(_Completions):

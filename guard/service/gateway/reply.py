@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from guard.errors import InputError
+from guard.service import convert
 from guard.service.gateway.apis import Api, loads, whole
 from guard.service.gateway.events import Event, Events, Framing
 from guard.service.stream import Characters
@@ -102,9 +103,7 @@ class StreamedReply:
         failed: Callable[[Exception], str | None],
     ) -> None:
         self._api = api
-        self._framing = framing
         self._replies = replies
-        self._limit = limit
         self._events = Events(framing, limit)
         self._begin = begin
         self._refused = refused
@@ -171,8 +170,11 @@ class StreamedReply:
                 self._hold(event)
         except InputError:
             self._is_read = True
-            for index in range(self._replies):
-                self._cut(self._choice(index), "")
+            for index in range(self._replies):  # those that have not begun end, too
+                if len(self._choices) < self._replies:
+                    self._choice(index)
+            for choice in self._choices.values():
+                self._cut(choice, "")
             return
         if chunk is None:
             self._is_read = True
@@ -207,7 +209,7 @@ class StreamedReply:
             async for answer in choice.judging.answers(choice.requests()):
                 choice.released = max(choice.released, answer.release)
                 if answer.HasField("verdict"):
-                    choice.action, choice.said_last = _ACTIONS[answer.verdict.action], answer
+                    choice.action, choice.said_last = convert.to_action(answer.verdict.action), answer
                     self.is_unchecked |= answer.verdict.degraded
                 if answer.HasField("cut"):
                     self._cut(choice, self._refused(answer))
@@ -259,14 +261,6 @@ class StreamedReply:
         choice.is_told = True
         ending = self._api.cut(index, choice.ending or "")
         return ending + self._api.done if self._all_told() else ending
-
-
-_ACTIONS = {
-    pb.ACTION_ALLOW: Action.ALLOW,
-    pb.ACTION_FLAG: Action.FLAG,
-    pb.ACTION_REDIRECT: Action.REDIRECT,
-    pb.ACTION_BLOCK: Action.BLOCK,
-}
 
 
 async def _next(chunks: AsyncIterator[bytes]) -> bytes | None:

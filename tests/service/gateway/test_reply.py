@@ -84,7 +84,15 @@ async def passed(raw: bytes, seed: int, readers: list[Reader], fails_open: bool 
         assert isinstance(error, ModelFailed)
         return None if fails_open else ""
 
-    reply = StreamedReply(openai.Chat(), ServerSent(), len(readers), 10_000, readers.__getitem__, lambda _: "", failed)
+    reply = StreamedReply(
+        openai.Chat(),
+        ServerSent(),
+        len(readers),
+        10_000,
+        lambda index: readers[index % len(readers)],
+        lambda _: "",
+        failed,
+    )
     answers = []
     reading = chunks()
     async with aclosing(reply.segments(reading)) as segments:
@@ -148,13 +156,18 @@ async def test_where_judging_breaks_the_policy_says_what_becomes_of_the_rest(dup
 
 
 async def test_what_cannot_be_read_ends_every_reply() -> None:
-    raw = stream([["abc"]], usage=False).replace(b'"content": "abc"', b'"content": "abc", "content": "d"')
-    found = await passed(raw, 1, [Reader()])
-    assert b"abc" not in found
-    assert found.count(b"content_filter") == 1
+    for texts in ([["abc"]], [["abc"], ["abc"]]):
+        raw = b": a note\n\n" + stream(texts).replace(b'"index": 0', b'"index": 0, "index": 0')
+        found = await passed(raw, 1, [Reader() for _ in texts])
+        assert b"abc" not in found
+        assert found.count(b"content_filter") == len(texts)
+        assert found.endswith(b"data: [DONE]\n\n")
 
 
 async def test_more_replies_than_were_asked_for_are_not_shown() -> None:
-    found = await passed(stream([["fine"], ["more"]]), 1, [Reader()])
-    assert b"more" not in found
-    assert b"content_filter" in found
+    for first in (b'"index": 0', b'"index": 7'):
+        raw = stream([["fine"], ["more"]]).replace(b'"index": 0', first)
+        found = await passed(raw, 1, [Reader()])
+        assert b"more" not in found
+        assert found.count(b"content_filter") == 1
+        assert found.endswith(b"data: [DONE]\n\n")
