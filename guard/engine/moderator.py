@@ -3,24 +3,19 @@
 import asyncio
 import time
 import uuid
-from array import array
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
-from itertools import chain, zip_longest
-from typing import NamedTuple, Self
+from typing import Self
 
 from guard.engine.batcher import Batcher, whole
 from guard.engine.prefix_cache import Paged, PrefixCache
+from guard.engine.reading import Reader
 from guard.errors import ModelFailed
 from guard.model.kinds import Classifier, load_classifier
-from guard.model.normalise import undisguise
 from guard.policy.bundle import Signatures
 from guard.policy.calibration import Calibration
-from guard.policy.compile import Policy
-from guard.policy.decide import NO_METADATA, decide, decide_without_scores
-from guard.policy.heads import check_model
+from guard.policy.decide import NO_METADATA
 from guard.policy.store import PolicyStore
 from guard.settings import Settings
 from guard.telemetry import Telemetry
@@ -28,17 +23,12 @@ from guard.types import (
     Beside,
     Conversation,
     Decision,
-    Described,
-    Head,
     Lane,
     Revision,
     Role,
     Scores,
-    Span,
     Timings,
-    Tokens,
     Turn,
-    Verdict,
 )
 
 _BATCH_TOKENS = {
@@ -47,16 +37,6 @@ _BATCH_TOKENS = {
     "remote": 16384,
 }  # where larger batches hardly gain throughput, and only add waiting
 _TOKEN_CHARACTERS = 4  # of a token, about
-
-
-class _View(NamedTuple):
-    """What is to be read for the policies that ask for the same: windows of a conversation as it is, and undisguised.
-
-    The second ones are those alone that read otherwise.
-    """
-
-    raw: tuple[Tokens, ...]
-    plain: tuple[Tokens, ...]
 
 
 class Moderator:
@@ -82,8 +62,8 @@ class Moderator:
         Blocks until the model has warmed up. Raises PolicyError for a policy that this model cannot serve."""
         self.model = classifier.info
         self.calibration = calibration
-        self._tokenise = classifier.tokenise
-        self._check(policies)
+        self._reader = Reader(classifier)
+        self._reader.check(policies.judging)
         self.policies = policies
         self._token_ends = classifier.token_ends
         self._tokenising = ThreadPoolExecutor(1, thread_name_prefix="tokenise")
@@ -132,20 +112,8 @@ class Moderator:
 
         Raises PolicyError for a policy that this model cannot serve, and keeps to what was in force.
         """
-        self._check(policies)
+        self._reader.check(policies.judging)
         self.policies = policies
-
-    def _check(self, policies: PolicyStore) -> None:
-        for policy in policies.judging:
-            check_model(policy, self.model)
-            if asked := self._asked(policy):  # which must leave room for a conversation
-                self._tokenise(Conversation((Turn(Role.USER, ""),), 0), policy.long_input, asked)
-
-    def _asked(self, policy: Policy) -> tuple[Described, ...]:
-        """What the model is to be asked for in words, since it has no score of its own for it."""
-        if not self.model.asks:
-            return ()
-        return tuple(one for one in policy.described if one.name not in self.model.hazards)
 
     async def judge(
         self,
@@ -181,38 +149,23 @@ class Moderator:
         started = time.monotonic()
         with self._batcher.arriving(lane, size):  # refuses before anything is spent
             loop = asyncio.get_running_loop()
-            views, hits = await loop.run_in_executor(self._tokenising, self._read, conversation, judges, policies.heads)
-        timings = Timings(tokenise=time.monotonic() - started)
-        found: dict[tuple[Described, ...], dict[int, Scores | None]] = {}
-        for asked, view in views.items():
-            readings: dict[int, list[Scores | None]] = defaultdict(list)
-            for passes in zip_longest(_passes(view.raw), _passes(view.plain), fillvalue=()):
-                tenant = None if lane is Lane.BULK else "" if self._shared else client
-                together = [replace(tokens, tenant=tenant) for tokens in chain(*passes)]
-                turns = [span.turn for tokens in together for span in tokens.spans]
-                scores: Sequence[Scores | None]
-                try:
-                    scores, queue, model = await self._batcher.score(together, lane, deadline)
-                    timings = replace(timings, queue=timings.queue + queue, model=timings.model + model)
-                except ModelFailed:
-                    scores = [None] * len(turns)
-                for turn, own in zip(turns, scores, strict=True):
-                    readings[turn].append(own)
-                lane = Lane.BULK  # the rest of a long conversation waits its turn, and is no longer refused
-            found[asked] = {turn: _highest(own) for turn, own in readings.items()}
-        answering = views[self._asked(judges[0])].raw
-        # The parts of a long turn say the same of it.
-        spans = {span.turn: span for tokens in answering for span in tokens.spans}.values()
-        verdicts = [
-            tuple(
-                _verdict(judge, conversation.turns[span.turn].role, span, scores, hits[span.turn][place], metadata)
-                for span in spans
-                for scores in (found[self._asked(judge)][span.turn],)
+            reading = await loop.run_in_executor(
+                self._tokenising, self._reader.read, conversation, judges, policies.heads
             )
-            for place, judge in enumerate(judges)
-        ]
+        timings = Timings(tokenise=time.monotonic() - started)
+        found: list[Sequence[Scores] | None] = []
+        for each in reading.passes:
+            tenant = None if lane is Lane.BULK else "" if self._shared else client
+            windows = [replace(tokens, tenant=tenant) for tokens in each.windows]
+            try:
+                scores, queue, model = await self._batcher.score(windows, lane, deadline)
+                timings = replace(timings, queue=timings.queue + queue, model=timings.model + model)
+                found.append(scores)
+            except ModelFailed:
+                found.append(None)
+            lane = Lane.BULK  # the rest of a long conversation waits its turn, and is no longer refused
+        verdicts = reading.verdicts(found, metadata)
         revisions = [Revision(judge.name, judge.revision) for judge in judges]
-        prompt = answering[0].prompt
         return Decision(
             id=id,
             verdicts=verdicts[0],
@@ -220,46 +173,8 @@ class Moderator:
             model=self.model.revision,
             timings=timings,
             beside=None if choice.beside is None else Beside(revisions[1], verdicts[1], not choice.is_candidate),
-            prompt=prompt.revision if prompt else "",
+            prompt=reading.prompt,
         )
-
-    def _read(
-        self, conversation: Conversation, policies: Sequence[Policy], heads: tuple[Head, ...]
-    ) -> tuple[Mapping[tuple[Described, ...], _View], Mapping[int, tuple[frozenset[str], ...]]]:
-        """What is to be read, by what the model is asked for; and for each judged turn the rules of each policy that
-        match it as it is or undisguised. Policies that ask for the same read the same."""
-        turns = tuple(replace(turn, text=undisguise(turn.text)) for turn in conversation.turns)
-        undisguised = replace(conversation, turns=turns)
-        views = {}
-        for asked in {self._asked(policy): None for policy in policies}:
-            raw = self._windows(conversation, policies[0], heads, asked)
-            plain = () if turns == conversation.turns else self._windows(undisguised, policies[0], heads, asked)
-            views[asked] = _View(raw, tuple(tokens for tokens in plain if tokens not in raw))
-        judged = range(len(turns)) if conversation.target is None else (conversation.target,)
-        hits = {
-            turn: tuple(policy.matcher.hits({conversation.turns[turn].text, turns[turn].text}) for policy in policies)
-            for turn in judged
-        }
-        return views, hits
-
-    def _windows(
-        self, conversation: Conversation, policy: Policy, heads: tuple[Head, ...], asked: tuple[Described, ...]
-    ) -> tuple[Tokens, ...]:
-        """The windows to read; of each judged turn one of its own, where only so many turns before it are context."""
-        if policy.history is None:
-            windows: Iterable[Tokens] = self._tokenise(conversation, policy.long_input, asked)
-        else:
-            every = range(len(conversation.turns)) if conversation.target is None else (conversation.target,)
-            windows = (tokens for turn in every for tokens in self._window(conversation, turn, policy, asked))
-        return tuple(replace(tokens, heads=heads) for tokens in windows)
-
-    def _window(
-        self, conversation: Conversation, turn: int, policy: Policy, asked: tuple[Described, ...]
-    ) -> Iterator[Tokens]:
-        first = max(0, turn - (policy.history or 0))
-        alone = Conversation(conversation.turns[first : turn + 1], turn - first)
-        for tokens in self._tokenise(alone, policy.long_input, asked):
-            yield replace(tokens, spans=tuple(replace(span, turn=turn) for span in tokens.spans))
 
     async def token_ends(self, text: str) -> list[int]:
         """After which characters of a text its tokens end."""
@@ -282,44 +197,6 @@ def model_thread() -> ThreadPoolExecutor:
     between two steps, which costs a small batch a quarter of its speed.
     """
     return ThreadPoolExecutor(1, thread_name_prefix="model")
-
-
-def _passes(windows: Iterable[Tokens]) -> Iterator[tuple[Tokens, ...]]:
-    """The windows, those together that are to be read in one pass."""
-    together = list[Tokens]()
-    for tokens in windows:
-        if together and not tokens.beside:
-            yield tuple(together)
-            together = []
-        together.append(tokens)
-    if together:
-        yield tuple(together)
-
-
-def _highest(readings: Sequence[Scores | None]) -> Scores | None:
-    """The highest of each score, rounded to float32; None where a reading has none."""
-    scores = [own for own in readings if own is not None]
-    if len(scores) < len(readings):
-        return None
-    codes = scores[0].hazards
-    highest = [max(own.unsafe for own in scores), *(max(own.hazards[code] for own in scores) for code in codes)]
-    unsafe, *hazards = array("f", highest)
-    return Scores(unsafe, dict(zip(codes, hazards, strict=True)))
-
-
-def _verdict(
-    policy: Policy,
-    role: Role,
-    span: Span,
-    scores: Scores | None,
-    hits: frozenset[str],
-    metadata: Mapping[str, str],
-) -> Verdict:
-    if scores is None:
-        judged = decide_without_scores(policy, role, hits)
-    else:
-        judged = decide(policy, role, scores, hits, metadata)
-    return Verdict(span.turn, *judged, scores, span.coverage, degraded=scores is None, shadow=policy.shadow, hits=hits)
 
 
 def _warm_up(classifier: Classifier, max_batch_tokens: int) -> float:
