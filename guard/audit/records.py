@@ -36,10 +36,11 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Reject:
-    """A row, or the rest of an input, that is not judged, and why; nobody's text is in the reason."""
+    """A row, or from it on the `rest` of an input, that is not judged, and why; nobody's text is in the reason."""
 
     place: Place
     reason: str
+    rest: bool = False
 
 
 @dataclass(frozen=True, slots=True)

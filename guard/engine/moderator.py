@@ -24,6 +24,7 @@ from guard.types import (
     Conversation,
     Decision,
     Lane,
+    ModelInfo,
     Revision,
     Role,
     Scores,
@@ -94,12 +95,11 @@ class Moderator:
         size, cache = settings.prefix_cache_mb * 2**20, None
         if size and isinstance(classifier, Paged):
             cache = thread.submit(PrefixCache, classifier, size, telemetry.metrics).result()
-        device = classifier.info.device.partition(":")[0]
         return cls(
             classifier,
             policies,
             telemetry,
-            max_batch_tokens=settings.max_batch_tokens or _BATCH_TOKENS[device],
+            max_batch_tokens=batch_tokens(settings, classifier.info),
             max_queue_seconds=settings.max_queue_seconds,
             thread=thread,
             calibration=calibration,
@@ -188,6 +188,11 @@ class Moderator:
         """Ends the threads; blocks for the batch that the model may be at."""
         self._thread.shutdown()
         self._tokenising.shutdown()
+
+
+def batch_tokens(settings: Settings, model: ModelInfo) -> int:
+    """Tokens of one pass: those of the settings, or what suits the model's device."""
+    return settings.max_batch_tokens or _BATCH_TOKENS[model.device.partition(":")[0]]
 
 
 def model_thread() -> ThreadPoolExecutor:
