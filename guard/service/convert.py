@@ -204,6 +204,7 @@ def from_policy(policy: Policy) -> pb.Policy:
                 ],
                 definition=category.definition,
                 scoring=category.scoring if category.hazards else "unsafe",
+                weights=category.weights if category.scoring == "weighted" else (),
             )
             for category in policy.categories
         ],

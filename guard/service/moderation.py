@@ -41,8 +41,7 @@ class Moderation(ModerationServicer):
     async def CheckConversation(
         self, request: pb.CheckConversationRequest, context: _Context
     ) -> pb.CheckConversationResponse:
-        decision = await self._decide(request, Lane.INTERACTIVE, _deadline(context))
-        return convert.from_conversation_decision(decision, request.score_detail)
+        return await self._check_conversation(request, Lane.INTERACTIVE, _deadline(context))
 
     async def CheckMany(
         self, request_iterator: AsyncIterator[pb.CheckManyRequest], context: _Context
@@ -55,7 +54,13 @@ class Moderation(ModerationServicer):
                 return self._item_error(item.id, InputError("id", "is in flight already"))
             in_flight.add(item.id)
             try:
-                return pb.CheckManyResponse(id=item.id, response=await self._check(item.request, Lane.BULK, deadline))
+                if not item.HasField("conversation"):
+                    checked = await self._check(item.request, Lane.BULK, deadline)
+                    return pb.CheckManyResponse(id=item.id, response=checked)
+                if item.HasField("request"):
+                    raise InputError("conversation", "and a request are too much; one of them is wanted")
+                judged = await self._check_conversation(item.conversation, Lane.BULK, deadline)
+                return pb.CheckManyResponse(id=item.id, conversation=judged)
             except Exception as error:
                 return self._item_error(item.id, error)
             finally:
@@ -91,6 +96,11 @@ class Moderation(ModerationServicer):
 
     async def _check(self, request: pb.CheckRequest, lane: Lane, deadline: float | None) -> pb.CheckResponse:
         return convert.from_decision(await self._decide(request, lane, deadline), request.score_detail)
+
+    async def _check_conversation(
+        self, request: pb.CheckConversationRequest, lane: Lane, deadline: float | None
+    ) -> pb.CheckConversationResponse:
+        return convert.from_conversation_decision(await self._decide(request, lane, deadline), request.score_detail)
 
     async def _decide(
         self, request: pb.CheckRequest | pb.CheckConversationRequest, lane: Lane, deadline: float | None

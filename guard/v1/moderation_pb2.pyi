@@ -345,19 +345,27 @@ class CheckManyRequest(_message.Message):
 
     ID_FIELD_NUMBER: _builtins.int
     REQUEST_FIELD_NUMBER: _builtins.int
+    CONVERSATION_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Chosen by the caller and returned with the answer; unique among those in flight on one stream."""
     @_builtins.property
-    def request(self) -> Global___CheckRequest: ...
+    def request(self) -> Global___CheckRequest:
+        """One turn to judge."""
+
+    @_builtins.property
+    def conversation(self) -> Global___CheckConversationRequest:
+        """In its place: a conversation, every turn of which is judged in one pass of the model."""
+
     def __init__(
         self,
         *,
         id: _builtins.str = ...,
         request: Global___CheckRequest | None = ...,
+        conversation: Global___CheckConversationRequest | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["conversation", b"conversation", "request", b"request"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "request", b"request"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["conversation", b"conversation", "id", b"id", "request", b"request"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -370,6 +378,7 @@ class CheckManyResponse(_message.Message):
     ID_FIELD_NUMBER: _builtins.int
     RESPONSE_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
+    CONVERSATION_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """The id of the request that this answers."""
     @_builtins.property
@@ -378,18 +387,23 @@ class CheckManyResponse(_message.Message):
     def error(self) -> Global___Error:
         """Why this one request has no answer; the stream goes on."""
 
+    @_builtins.property
+    def conversation(self) -> Global___CheckConversationResponse:
+        """To a `conversation`."""
+
     def __init__(
         self,
         *,
         id: _builtins.str = ...,
         response: Global___CheckResponse | None = ...,
         error: Global___Error | None = ...,
+        conversation: Global___CheckConversationResponse | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "response", b"response", "result", b"result"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["conversation", b"conversation", "error", b"error", "response", b"response", "result", b"result"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "id", b"id", "response", b"response", "result", b"result"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["conversation", b"conversation", "error", b"error", "id", b"id", "response", b"response", "result", b"result"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_result: _TypeAlias = _typing.Literal["response", "error"]  # noqa: Y015
+    _WhichOneofReturnType_result: _TypeAlias = _typing.Literal["response", "error", "conversation"]  # noqa: Y015
     _WhichOneofArgType_result: _TypeAlias = _typing.Literal["result", b"result"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_result) -> _WhichOneofReturnType_result | None: ...
 
@@ -1210,6 +1224,7 @@ class Category(_message.Message):
     THRESHOLDS_FIELD_NUMBER: _builtins.int
     DEFINITION_FIELD_NUMBER: _builtins.int
     SCORING_FIELD_NUMBER: _builtins.int
+    WEIGHTS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     title: _builtins.str
     definition: _builtins.str
@@ -1223,6 +1238,10 @@ class Category(_message.Message):
     def thresholds(self) -> _containers.RepeatedCompositeFieldContainer[Global___Threshold]:
         """Of requests without metadata."""
 
+    @_builtins.property
+    def weights(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Of "weighted": the weight of each hazard."""
+
     def __init__(
         self,
         *,
@@ -1232,10 +1251,11 @@ class Category(_message.Message):
         thresholds: _abc.Iterable[Global___Threshold] | None = ...,
         definition: _builtins.str = ...,
         scoring: _builtins.str = ...,
+        weights: _abc.Iterable[_builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["definition", b"definition", "hazards", b"hazards", "name", b"name", "scoring", b"scoring", "thresholds", b"thresholds", "title", b"title"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["definition", b"definition", "hazards", b"hazards", "name", b"name", "scoring", b"scoring", "thresholds", b"thresholds", "title", b"title", "weights", b"weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -103,10 +103,10 @@ class ModerationServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CheckMany(self, request_iterator, context):
-        """The bulk lane: many checks over one stream, answered in the order they finish and correlated by id. Online calls
-        are served first. The server stops reading while too much is in flight, so a writer is paced by flow control. A
-        stopping server reads no further, answers what it has read, and ends the stream with UNAVAILABLE: a request without
-        an answer was not judged, and may be sent again elsewhere.
+        """The bulk lane: many checks over one stream, of a turn or of a whole conversation each, answered in the order they
+        finish and correlated by id. Online calls are served first. The server stops reading while too much is in flight, so
+        a writer is paced by flow control. A stopping server reads no further, answers what it has read, and ends the stream
+        with UNAVAILABLE: a request without an answer was not judged, and may be sent again elsewhere.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

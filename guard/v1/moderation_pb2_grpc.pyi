@@ -45,10 +45,10 @@ class ModerationStub:
     CheckConversation: _grpc.UnaryUnaryMultiCallable[_moderation_pb2.CheckConversationRequest, _moderation_pb2.CheckConversationResponse]
     """Judges every turn, each in the context of the turns before it, in one pass of the model."""
     CheckMany: _grpc.StreamStreamMultiCallable[_moderation_pb2.CheckManyRequest, _moderation_pb2.CheckManyResponse]
-    """The bulk lane: many checks over one stream, answered in the order they finish and correlated by id. Online calls
-    are served first. The server stops reading while too much is in flight, so a writer is paced by flow control. A
-    stopping server reads no further, answers what it has read, and ends the stream with UNAVAILABLE: a request without
-    an answer was not judged, and may be sent again elsewhere.
+    """The bulk lane: many checks over one stream, of a turn or of a whole conversation each, answered in the order they
+    finish and correlated by id. Online calls are served first. The server stops reading while too much is in flight, so
+    a writer is paced by flow control. A stopping server reads no further, answers what it has read, and ends the stream
+    with UNAVAILABLE: a request without an answer was not judged, and may be sent again elsewhere.
     """
     CheckStream: _grpc.StreamStreamMultiCallable[_moderation_pb2.CheckStreamRequest, _moderation_pb2.CheckStreamResponse]
     """Judges turns while they are being written: a conversation so far, then pieces of the next turn as they come. A
@@ -81,10 +81,10 @@ class ModerationAsyncStub(ModerationStub):
     CheckConversation: _aio.UnaryUnaryMultiCallable[_moderation_pb2.CheckConversationRequest, _moderation_pb2.CheckConversationResponse]  # type: ignore[assignment]
     """Judges every turn, each in the context of the turns before it, in one pass of the model."""
     CheckMany: _aio.StreamStreamMultiCallable[_moderation_pb2.CheckManyRequest, _moderation_pb2.CheckManyResponse]  # type: ignore[assignment]
-    """The bulk lane: many checks over one stream, answered in the order they finish and correlated by id. Online calls
-    are served first. The server stops reading while too much is in flight, so a writer is paced by flow control. A
-    stopping server reads no further, answers what it has read, and ends the stream with UNAVAILABLE: a request without
-    an answer was not judged, and may be sent again elsewhere.
+    """The bulk lane: many checks over one stream, of a turn or of a whole conversation each, answered in the order they
+    finish and correlated by id. Online calls are served first. The server stops reading while too much is in flight, so
+    a writer is paced by flow control. A stopping server reads no further, answers what it has read, and ends the stream
+    with UNAVAILABLE: a request without an answer was not judged, and may be sent again elsewhere.
     """
     CheckStream: _aio.StreamStreamMultiCallable[_moderation_pb2.CheckStreamRequest, _moderation_pb2.CheckStreamResponse]  # type: ignore[assignment]
     """Judges turns while they are being written: a conversation so far, then pieces of the next turn as they come. A
@@ -132,10 +132,10 @@ class ModerationServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_moderation_pb2.CheckManyRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_moderation_pb2.CheckManyResponse], _abc.AsyncIterator[_moderation_pb2.CheckManyResponse]]:
-        """The bulk lane: many checks over one stream, answered in the order they finish and correlated by id. Online calls
-        are served first. The server stops reading while too much is in flight, so a writer is paced by flow control. A
-        stopping server reads no further, answers what it has read, and ends the stream with UNAVAILABLE: a request without
-        an answer was not judged, and may be sent again elsewhere.
+        """The bulk lane: many checks over one stream, of a turn or of a whole conversation each, answered in the order they
+        finish and correlated by id. Online calls are served first. The server stops reading while too much is in flight, so
+        a writer is paced by flow control. A stopping server reads no further, answers what it has read, and ends the stream
+        with UNAVAILABLE: a request without an answer was not judged, and may be sent again elsewhere.
         """
 
     @_abc_1.abstractmethod

@@ -11,7 +11,7 @@ from google.protobuf import json_format
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from guard.client import check_request
+from guard.client import check_request, conversation_request
 from guard.types import Lane
 from guard.v1 import moderation_pb2 as pb
 from tests.conftest import Serve, Service, until
@@ -117,6 +117,22 @@ async def test_metadata_reaches_the_policy(service: Service) -> None:
     await service.client.check_conversation([HI], metadata={"tenant": "acme"})
     assert [answer async for answer in service.client.check_many([pb.CheckManyRequest(id="1", request=request)])]
     assert service.judge.metadata == [{"app": "kids"}, {"tenant": "acme"}, {"app": "kids"}]
+
+
+async def test_the_bulk_lane_takes_whole_conversations(service: Service) -> None:
+    """Each gets a verdict for every turn; one that comes with a single check beside it is refused by itself."""
+    both = item("both", "Hi!")
+    both.conversation.turns.extend([HI])
+    conversation = conversation_request([("user", "Hi!"), ("agent", "attack their address"), ("user", "Bye!")])
+    asked = [pb.CheckManyRequest(id="whole", conversation=conversation), item("turn", "Hi!"), both]
+    answers = {answer.id: answer async for answer in service.client.check_many(asked)}
+    whole = answers["whole"].conversation
+    assert [verdict.action for verdict in whole.verdicts] == [pb.ACTION_ALLOW, pb.ACTION_BLOCK, pb.ACTION_ALLOW]
+    assert answers["turn"].response.verdict.action == pb.ACTION_ALLOW
+    assert answers["both"].error == pb.Error(
+        code=3, message="conversation: and a request are too much; one of them is wanted"
+    )
+    assert set(service.judge.lanes) == {Lane.BULK}
 
 
 async def test_a_model_that_cannot_answer_gives_a_degraded_verdict(service: Service) -> None:
