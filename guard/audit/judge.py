@@ -85,14 +85,16 @@ class Judge:
         policies: PolicyStore,
         *,
         max_batch_tokens: int,
+        by_row: bool = False,
         compare: Policy | None = None,
         text: bool = False,
     ) -> None:
-        """`policies` are what rows may name, and the default one for those that name none; `compare` judges beside it.
+        """The default policy judges; where it goes `by_row`, for rows that name no other. `compare` judges beside it.
 
         `text` is whether texts stand in the rows. Raises PolicyError for a policy that this model cannot serve.
         """
         self._policies = policies
+        self._by_row = by_row
         self._compare = () if compare is None else (compare,)
         judging = (*policies.policies, *self._compare)
         self._reader = Reader(classifier)
@@ -155,7 +157,7 @@ class Judge:
 
     def _ready(self, record: Record) -> _Ready | Reject:
         try:
-            policy = self._policies.get(record.policy)
+            policy = self._policies.get(record.policy if self._by_row else "")
             judging = (policy, *self._compare)
             reading = self._reader.read(Conversation(record.turns, None), judging, self._heads)
         except InputError as error:  # which names fields, and no text
