@@ -19,6 +19,7 @@ from guard.policy.compile import Policy
 from guard.policy.store import PolicyStore
 from guard.types import Action, Conversation, Revision, Scores
 
+_LOOK_AHEAD = 32 * 4  # characters of a window for each token of a pass: some 32 passes, which are then all but full
 _REMEMBERED = 20_000  # passes whose scores are kept, for texts that come again; some 2 KB each
 
 Digest = bytes
@@ -40,12 +41,18 @@ class Judged(NamedTuple):
     read: float | None
 
 
+class Source(Protocol):
+    """Whatever gives windows of conversations from a position on, each of about so many characters of text."""
+
+    def windows(self, start: Position, characters: int) -> Iterator[Window]: ...
+
+
 class Judging(Protocol):
-    """Whatever judges windows, in the order in which they come."""
+    """Whatever judges what a source gives from a position on, in that order; its rows are of that schema."""
 
     schema: pa.Schema
 
-    def judged(self, windows: Iterator[Window]) -> Iterator[Judged]: ...
+    def judged(self, source: Source, start: Position) -> Iterator[Judged]: ...
 
 
 class _Ready(NamedTuple):
@@ -76,7 +83,8 @@ class Scored(NamedTuple):
 class Judge:
     """Judges windows by one model, whose thread is the only one that may call `score`.
 
-    Conversations that were read before, word for word, are not read again.
+    `window` is how many characters one should have. Conversations that were read before, word for word, are not read
+    again.
     """
 
     def __init__(
@@ -102,6 +110,7 @@ class Judge:
         self._score = classifier.score
         self._model = classifier.info.revision
         self._max_batch_tokens = max_batch_tokens
+        self.window = _LOOK_AHEAD * max_batch_tokens
         self._heads = tuple({head: None for policy in judging for head in policy.own.values() if head})
         self._asked = {pair for policy in judging for overlay in policy.overlays for pair in overlay.when}
         described = [one.name for policy in judging for one in policy.described] if classifier.info.asks else []

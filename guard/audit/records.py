@@ -1,10 +1,9 @@
 """The nouns of an audit: a conversation as the input has it, a row that could not be read, and a window of both."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 
-from guard.policy.decide import NO_METADATA
 from guard.types import Turn
 
 
@@ -28,7 +27,7 @@ class Record:
     id: str
     turns: tuple[Turn, ...]
     policy: str = ""
-    metadata: Mapping[str, str] = NO_METADATA
+    metadata: Mapping[str, str] = field(default_factory=dict)
     time: datetime | None = None
     language: str = ""
     source: str = ""

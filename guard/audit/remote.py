@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
-from guard.audit.judge import Judged
-from guard.audit.records import Record, Reject, Window
+from guard.audit.judge import Judged, Source
+from guard.audit.records import Position, Record, Reject, Window
 from guard.audit.schema import Row, schema, table
 from guard.client import SyncClient, conversation_request
 from guard.errors import Unanswered
@@ -16,6 +16,7 @@ from guard.types import Action, Coverage, Revision, Scores, Verdict, Violation
 from guard.v1 import moderation_pb2 as pb
 
 _LARGEST = 4 * 2**20  # bytes of a message, as servers take them unless they are told otherwise
+_WINDOW = 32_768  # characters; whatever it is, the server keeps its batches full
 _WRONG = {3, 5}  # INVALID_ARGUMENT and NOT_FOUND: another try would not help
 
 
@@ -50,7 +51,8 @@ class Remote:
         self._client = client
         self._policy = policy
 
-    def judged(self, windows: Iterator[Window]) -> Iterator[Judged]:
+    def judged(self, source: Source, start: Position) -> Iterator[Judged]:
+        windows = source.windows(start, _WINDOW)
         asked: deque[_Asked] = deque()
         by_number: dict[int, _Asked] = {}
 

@@ -1,23 +1,16 @@
 """The audit: what is read is judged and written down, and how far it is told."""
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
 
 import pyarrow as pa
 
 from guard.audit.ahead import ahead
-from guard.audit.judge import Judge, Judged, Judging
+from guard.audit.judge import Judge, Judged, Judging, Source
 from guard.audit.output import Output, Totals
-from guard.audit.records import Position, Window
+from guard.audit.records import Position
 from guard.errors import InputError
-
-
-class Source(Protocol):
-    """Whatever gives windows of conversations from a position on, each of about so many characters."""
-
-    def windows(self, start: Position, characters: int) -> Iterator[Window]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,32 +21,32 @@ class Progress:
     read: float | None
 
 
-def run(source: Source, judging: Judging, output: Output, characters: int, max_bad: int | None) -> Iterator[Progress]:
+def run(source: Source, judging: Judging, output: Output, max_bad: int | None = None) -> Iterator[Progress]:
     """Goes on from where the output is, to the end, telling after each window how far it is.
 
     Raises InputError where more than `max_bad` rows are rejected; and whatever reading, judging and writing raise.
     """
-    with ThreadPoolExecutor(1, thread_name_prefix="read") as reading:
-        windows = ahead(source.windows(output.position, characters), reading)
-        for judged in judging.judged(windows):
-            output.add(judged)
-            totals = output.totals
-            yield Progress(totals, judged.read)
-            if max_bad is not None and totals.rejected > max_bad:
-                raise InputError("max-bad", f"{totals.rejected} rows are rejected, more than {max_bad}")
+    for judged in judging.judged(source, output.position):
+        output.add(judged)
+        totals = output.totals
+        yield Progress(totals, judged.read)
+        if max_bad is not None and totals.rejected > max_bad:
+            raise InputError("max-bad", f"{totals.rejected} rows are rejected, more than {max_bad}")
     output.finish()
 
 
 class Local:
-    """Judges in this process: on one thread what the model reads is made ready, on another it reads."""
+    """Judges in this process: it is read, made ready and scored on a thread each, and told on the caller's."""
 
-    def __init__(self, judge: Judge, model: ThreadPoolExecutor) -> None:
-        """`model` is the thread that the judge's model was loaded on."""
+    def __init__(self, judge: Judge, model: Executor) -> None:
+        """`model` is the one thread that the judge's model was loaded on."""
         self.schema: pa.Schema = judge.schema
         self._judge = judge
         self._model = model
 
-    def judged(self, windows: Iterator[Window]) -> Iterator[Judged]:
-        with ThreadPoolExecutor(1, thread_name_prefix="prepare") as preparing:
-            prepared = ahead(map(self._judge.prepare, windows), preparing)
-            yield from map(self._judge.tell, ahead(map(self._judge.score, prepared), self._model))
+    def judged(self, source: Source, start: Position) -> Iterator[Judged]:
+        judge = self._judge
+        with ThreadPoolExecutor(1, "read") as reading, ThreadPoolExecutor(1, "prepare") as preparing:
+            windows = ahead(source.windows(start, judge.window), reading)
+            prepared = ahead(map(judge.prepare, windows), preparing)
+            yield from map(judge.tell, ahead(map(judge.score, prepared), self._model))
