@@ -25,10 +25,10 @@ Config = Annotated[
 
 
 @contextmanager
-def extra(doing: str) -> Iterator[None]:
-    """Around imports of what comes with the extra `train`; ConfigError says which package is missing for `doing`."""
+def extra(doing: str, name: str = "train") -> Iterator[None]:
+    """Around imports of what comes with an extra; ConfigError says which package is missing for `doing`."""
     try:
         yield
     except ModuleNotFoundError as error:
         missing = f"{error.name} is not installed"
-        raise ConfigError(f"{doing} needs the extra, pip install 'guard-moderation[train]': {missing}") from None
+        raise ConfigError(f"{doing} needs the extra, pip install 'guard-moderation[{name}]': {missing}") from None

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import MappingProxyType
-from zlib import crc32
 
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ from hypothesis import strategies as st
 
 from guard.engine.moderator import Moderator
 from guard.errors import ConfigError, InputError, NotFound, PolicyError
-from guard.model.chat import ChatTokenizer
 from guard.model.kinds import Classifier
 from guard.model.normalise import undisguise
 from guard.policy.compile import Category, Policy, compile_policy
@@ -22,26 +20,20 @@ from guard.policy.decide import decide
 from guard.policy.rollout import Candidate
 from guard.policy.schema import PolicySpec
 from guard.policy.store import PolicyStore
-from guard.settings import Settings
 from guard.telemetry import Telemetry
 from guard.types import (
     Action,
     Conversation,
     Decision,
-    Described,
     Lane,
-    LongInput,
-    ModelInfo,
     Revision,
     Role,
     Scores,
-    Tokens,
     Turn,
 )
+from tests.causal import TOKENIZER, WINDOW, CausalModel, scores_after
 from tests.stand_ins import LENIENT, POLICY
 
-WINDOW = 48
-TOKENIZER = ChatTokenizer(Settings().model / "tokenizer.json", WINDOW)
 ON_ERROR = {Role.USER: Action.ALLOW, Role.AGENT: Action.BLOCK, Role.SYSTEM: Action.FLAG, Role.TOOL: Action.BLOCK}
 WHOLE = replace(POLICY, name="whole", long_input="window")
 PARTIAL = Policy("partial", "0" * 16, "Differs by role.", (), MappingProxyType(ON_ERROR))
@@ -62,37 +54,6 @@ DISGUISED = {
     "full-width": "".join(chr(ord(letter) + 0xFEE0) if letter.isalpha() else letter for letter in HARMFUL),
     "letter by letter": "  ".join(" ".join(word) for word in HARMFUL.split()),
 }
-
-
-class CausalModel:
-    """Reads windows of 48 tokens, and makes the scores of a turn up from all tokens before its end, and no others."""
-
-    info = ModelInfo(Revision("causal", "0a"), "cpu", "float32", "crc32", 0, WINDOW, ("S7", "X1"))
-
-    def __init__(self) -> None:
-        self.fails = False
-        self.passes: list[int] = []  # windows in each
-
-    def tokenise(
-        self, conversation: Conversation, long_input: LongInput = "head-tail", asked: tuple[Described, ...] = ()
-    ) -> tuple[Tokens, ...]:
-        return TOKENIZER.tokenise(conversation, long_input)
-
-    def token_ends(self, text: str) -> list[int]:
-        return TOKENIZER.ends(text)
-
-    def score(self, batch: Sequence[Tokens]) -> list[tuple[Scores, ...]]:
-        self.passes.append(len(batch))
-        if self.fails:
-            raise RuntimeError("out of memory")
-        return [tuple(scores_after(tokens.ids[: span.end]) for span in tokens.spans) for tokens in batch]
-
-
-def scores_after(ids: Sequence[int]) -> Scores:
-    def score(output: str) -> float:
-        return crc32(repr((ids, output)).encode()) / 2**32
-
-    return Scores(score("unsafe"), {code: score(code) for code in CausalModel.info.hazards})
 
 
 def highest(readings: Sequence[Scores]) -> Scores:
