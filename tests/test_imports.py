@@ -13,7 +13,7 @@ ROOT = Path(guard.__file__).parent
 LAYERS = (
     {"v1", "types"},
     {"errors"},
-    {"settings", "telemetry", "keys"},
+    {"settings", "telemetry", "keys", "messages"},
     {"policy", "model"},
     {"engine", "client"},
     {"service", "audit", "training"},

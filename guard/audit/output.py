@@ -273,6 +273,7 @@ def _check_same(folder: Path, there: Mapping[str, Any], given: Mapping[str, Any]
 
 
 def _differences(name: str, old: Any, new: Any) -> Iterator[tuple[str, str, str]]:
+    old, new = _in_short(old), _in_short(new)
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(old.keys() | new.keys()):
             yield from _differences(f"{name}.{key}", old.get(key), new.get(key))
@@ -281,6 +282,13 @@ def _differences(name: str, old: Any, new: Any) -> Iterator[tuple[str, str, str]
             yield from _differences(f"{name}[{place}]", was, now)
     elif old != new:
         yield name, json.dumps(old), json.dumps(new)
+
+
+def _in_short(fact: Any) -> Any:
+    """Of a policy or a model its revision, which stands for all else that is told of it."""
+    if isinstance(fact, dict) and "revision" in fact:
+        return {key: fact[key] for key in ("name", "revision", "dtype") if key in fact}
+    return fact
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -1,8 +1,9 @@
 """Judges through a running server, on its bulk lane: who waits online there goes first."""
 
-from collections import deque
-from collections.abc import Iterator
+from collections import defaultdict, deque
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import pyarrow as pa
 
@@ -36,18 +37,23 @@ class _Asked:
 class Remote:
     """Judges by the model and the policies of a server; what stops it is raised as an error of guard.client.
 
+    `in_force` is what these are, as guard.audit.recipe tells it.
     Numbers are those of the wire: a violation's score and threshold in float32. Rows tell no metadata, and of the rules
     that match those alone that are for the turn's role.
     """
 
     def __init__(self, client: SyncClient, policy: str = "", *, text: bool = False) -> None:
         """`policy` judges in place of those that rows name."""
-        self.model = client.model()
-        self.policies = client.policies()
-        named = [client.policy(policy)] if policy else self.policies.policies
-        hazards = [hazard.code for hazard in self.model.hazards]
+        model = client.model()
+        named = [client.policy(policy)] if policy else client.policies().policies
+        hazards = [hazard.code for hazard in model.hazards]
         hazards += [code for one in named for category in one.categories for code in category.hazards]
         self.schema: pa.Schema = schema(tuple(dict.fromkeys(hazards)), text=text, compared=False)
+        self.in_force = {
+            "model": {"name": model.name, "revision": model.revision, "dtype": model.dtype},
+            "policies": {one.name: _policy_facts(one) for one in named},
+            "compare": None,
+        }
         self._client = client
         self._policy = policy
 
@@ -143,3 +149,27 @@ def _verdict(verdict: pb.Verdict) -> Verdict:
 
 def _action(action: pb.Action.ValueType) -> Action:
     return Action[pb.Action.Name(action).removeprefix("ACTION_")]
+
+
+def _policy_facts(policy: pb.Policy) -> Mapping[str, Any]:
+    return {
+        "revision": policy.revision,
+        "description": policy.description,
+        "shadow": policy.shadow,
+        "categories": {category.name: _category_facts(category) for category in policy.categories},
+    }
+
+
+def _category_facts(category: pb.Category) -> Mapping[str, Any]:
+    thresholds: defaultdict[str, dict[str, float]] = defaultdict(dict)
+    for step in category.thresholds:
+        thresholds[pb.Role.Name(step.role).removeprefix("ROLE_").lower()][_action(step.action).name.lower()] = (
+            step.score
+        )
+    return {
+        "title": category.title,
+        "hazards": list(category.hazards),
+        "scoring": "max" if category.scoring == "unsafe" else category.scoring,
+        "weights": list(category.weights),
+        "thresholds": dict(thresholds),
+    }

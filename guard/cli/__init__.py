@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from guard.cli import client, fit, policy, replay, rollout
+from guard.cli import audit, client, fit, policy, replay, rollout
 from guard.cli.calibrate import calibrate, quantize
 from guard.cli.check import check
 from guard.cli.evaluate import evaluate
@@ -40,6 +40,7 @@ policy.app.command()(fit.fit)
 policy.app.command()(replay.replay)
 policy.app.command()(replay.diff)
 app.add_typer(policy.app)
+app.add_typer(audit.app)
 app.command()(unseal)
 app.add_typer(rollout.app)
 app.command()(train)

@@ -1,10 +1,13 @@
 """`guard audit …`: months of logs through a policy, and a report on what was found."""
 
+import codecs
 import os
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -15,9 +18,10 @@ from guard.cli.audit_progress import Shown, shown
 from guard.errors import ConfigError
 
 if TYPE_CHECKING:
-    from guard.audit.inputs import Source
+    from guard.audit.inputs import Input
     from guard.audit.judge import Judging
-    from guard.audit.run import Progress
+    from guard.audit.output import Totals
+    from guard.client import Tls
     from guard.settings import Settings
 
 Engine = Literal["local", "ray"]
@@ -55,11 +59,9 @@ def run(
         Path | None, typer.Option(help="Directory of the policies that rows name.", show_default=False)
     ] = None,
     compare: Annotated[
-        str, typer.Option(metavar="NAME|FILE", help="A second policy, to tell what it would change.", show_default=False)
+        str, typer.Option(metavar="NAME|FILE", help="A second policy: what would it change?", show_default=False)
     ] = "",
-    shape: Annotated[
-        str | None, typer.Option(help="turns, messages, sharegpt, rows, pairs or text.", show_default=False)
-    ] = None,
+    shape: Annotated[str | None, typer.Option(help="conversations, rows, pairs or texts.", show_default=False)] = None,
     mapping: Annotated[
         list[str] | None,
         typer.Option("--map", metavar="FIELD=COLUMN", help="Where a field is; may be given again.", show_default=False),
@@ -83,7 +85,7 @@ def run(
         int | None, typer.Option(help="Of ray: actors; by default one a GPU or machine.", min=1, show_default=False)
     ] = None,
     server: Annotated[
-        str, typer.Option(metavar="HOST:PORT", help="Have a running server judge, in its bulk lane.", show_default=False)
+        str, typer.Option(metavar="HOST:PORT", help="Have a running server judge, in bulk.", show_default=False)
     ] = "",
     token: Annotated[str | None, typer.Option(envvar="GUARD_TOKEN", show_default=False, help="Of --server.")] = None,
     tls: Annotated[bool, typer.Option("--tls", help="Of --server: encrypt.")] = False,
@@ -102,7 +104,146 @@ def run(
     Exits with 0 when all was read, with 1 when the rest of an input could not be.
     """
     with options.extra("auditing", "audit"):
-        from guard.audit import inputs as reading
-        from guard.audit.output import open_output
+        from guard.audit.inputs import STDIN, find_inputs
+        from guard.audit.output import is_complete, open_output
+        from guard.audit.read import Logs, sample
         from guard.audit.report import write_report
+        from guard.audit.rows import Limits
         from guard.audit.run import run as audit
+        from guard.audit.shapes import detect
+    from guard.client import Tls
+    from guard.settings import Settings
+
+    found = find_inputs(inputs, format)
+    limits = Limits(_known(encoding), max_row_bytes)
+    logs = Logs(found, detect(sample(found, limits), shape, mapping or (), roles or ()), limits, out / "spool")
+    typer.echo(f"{_counted(found)}; {logs.shape.described()}", err=True)
+    if dry_run:
+        return
+    if STDIN in [each.url for each in found] and engine == "ray":
+        raise ConfigError("engine: other machines cannot read this one's standard input")
+    if server:
+        trusted = Tls(tls_ca.read_bytes() if tls_ca else None) if tls or tls_ca else None
+        judging, in_force = _remote(server, token, trusted, policy, compare, text=with_text)
+    else:
+        settings = Settings.load({"policies": policies, "model": model}, os.environ, config)
+        by_row = not policy and "policy" in logs.shape.columns
+        judging, in_force = _here(settings, policy, compare, engine, workers, by_row=by_row, text=with_text)
+    facts = {
+        "version": version("guard-moderation"),
+        "engine": engine,
+        "inputs": [{"url": each.url, "size": each.size, "modified": each.modified} for each in found],
+        "shape": logs.shape.kind,
+        "map": dict(logs.shape.columns),
+        "roles": dict(logs.shape.roles),
+        "encoding": limits.encoding,
+        "max_row_bytes": limits.max_row_bytes,
+        "server": server or None,
+        "policy": policy or None,
+        "with_text": with_text,
+        **in_force,
+    }
+    with _stoppable(out), open_output(out, facts, judging.schema) as output, shown(progress) as tell:
+        if not is_complete(out):
+            logs.gather()
+            for now in audit(logs, judging, output, max_bad):
+                tell(now)
+        totals = output.totals
+    logs.forget()
+    write_report(out, text=with_text)
+    typer.echo(_told(totals, out))
+    if totals.incomplete:
+        raise typer.Exit(1)
+
+
+def _here(
+    settings: "Settings", policy: str, compare: str, engine: Engine, workers: int | None, *, by_row: bool, text: bool
+) -> "tuple[Judging, Mapping[str, Any]]":
+    """By the model in this process, or those of a cluster; and what was in force."""
+    from guard.audit.recipe import Recipe, policy_facts
+    from guard.audit.run import Local
+    from guard.cli.policy import find
+    from guard.engine.moderator import model_thread
+    from guard.policy.bundle import Signatures
+    from guard.policy.document import read_file
+    from guard.policy.store import policy_files
+
+    signed = Signatures(settings.policies_key).open(settings.policies) if settings.policies_key and not policy else None
+    known = [find(policy)] if policy else policy_files(settings.policies, signed)
+    default = known[0].stem if policy else settings.default_policy
+    recipe, judging_by, compared = Recipe.read(
+        settings,
+        [path for path in known if by_row or path.stem == default],
+        default,
+        by_row=by_row,
+        compare=find(compare) if compare else None,
+        text=text,
+        source=signed.read if signed else read_file,
+    )
+    judging: Judging
+    if engine == "ray":
+        with options.extra("a cluster", "ray"):
+            from guard.audit.cluster import Cluster
+        judging = cluster = Cluster(recipe, workers)
+        model = cluster.model
+    else:
+        thread = model_thread()
+        judge, model = thread.submit(recipe.judge).result()
+        judging = Local(judge, thread)
+    return judging, {
+        "model": {"name": model.revision.name, "revision": model.revision.revision, "dtype": model.dtype},
+        "policies": {one.name: policy_facts(one) for one in judging_by.policies},
+        "compare": {"name": compared.name, **policy_facts(compared)} if compared else None,
+    }
+
+
+def _remote(
+    server: str, token: str | None, tls: "Tls | None", policy: str, compare: str, *, text: bool
+) -> "tuple[Judging, Mapping[str, Any]]":
+    """By a server, with its policies; and what is in force there."""
+    from guard.audit.remote import Remote
+    from guard.client import SyncClient
+
+    if compare:
+        raise ConfigError("compare: a server judges by one policy; compare afterwards, with guard policy diff on DIR")
+    remote = Remote(SyncClient(server, token=token, tls=tls), policy, text=text)
+    return remote, remote.in_force
+
+
+@contextmanager
+def _stoppable(out: Path) -> Iterator[None]:
+    """SIGTERM stops it as Ctrl-C does: what is judged is kept."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before: Callable[[int, FrameType | None], Any] | int | None = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(f"stopped; the same command goes on with {out}", err=True)
+        raise typer.Exit(130) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _known(encoding: str) -> str:
+    try:
+        return codecs.lookup(encoding).name
+    except LookupError:
+        raise ConfigError(f"encoding: there is no '{encoding}'") from None
+
+
+def _counted(inputs: "Sequence[Input]") -> str:
+    size = sum(each.size or 0 for each in inputs)
+    return f"{len(inputs):,} input{'s' * (len(inputs) != 1)}, {size / 2**20:,.1f} MiB"
+
+
+def _told(totals: "Totals", out: Path) -> str:
+    share = f" ({totals.refused / totals.turns:.2%})" if totals.turns else ""
+    bad = f"; {totals.rejected:,} rows rejected, see {out / 'rejects.jsonl'}" if totals.rejected else ""
+    lost = f"; of {totals.incomplete:,} inputs the rest could not be read" if totals.incomplete else ""
+    return (
+        f"{totals.conversations:,} conversations, {totals.turns:,} turns, {totals.refused:,} not allowed{share}{bad}"
+        f"{lost}; report: {out / 'report.html'}"
+    )

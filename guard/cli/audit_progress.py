@@ -46,12 +46,12 @@ class _Pace:
 
 @contextmanager
 def _bar() -> Iterator[Tell]:
+    from rich import progress as bars
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
     pace = _Pace()
-    columns = BarColumn(), TaskProgressColumn(), TextColumn("{task.description}")
-    with Progress(*columns, console=Console(stderr=True), redirect_stdout=False, redirect_stderr=False) as bar:
+    columns = bars.BarColumn(), bars.TaskProgressColumn(), bars.TextColumn("{task.description}")
+    with bars.Progress(*columns, console=Console(stderr=True), redirect_stdout=False, redirect_stderr=False) as bar:
         task = bar.add_task("reading", total=None)
 
         def tell(progress: "Progress") -> None:

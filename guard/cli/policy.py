@@ -229,16 +229,23 @@ def _policies(paths: Iterable[Path]) -> list[Path]:
 
 def load(policy: str, measured: "Calibration") -> "Policy":
     """A file, or else one of the policies that come with Guard."""
+    from guard.policy.store import load_policy
+
+    return load_policy(find(policy), measured)
+
+
+def find(policy: str) -> Path:
+    """A file, or else that of one of the policies that come with Guard."""
     from guard.policy.messages import did_you_mean
-    from guard.policy.store import load_policy, policy_files
+    from guard.policy.store import policy_files
     from guard.settings import Settings
 
     if Path(policy).suffix:
-        return load_policy(Path(policy), measured)
+        return Path(policy)
     shipped = {path.stem: path for path in policy_files(Settings().policies)}
     if policy not in shipped:
         raise InputError("policy", f"no shipped policy is named '{policy}'{did_you_mean(policy, shipped)}")
-    return load_policy(shipped[policy], measured)
+    return shipped[policy]
 
 
 def _views(text: str) -> set[str]:

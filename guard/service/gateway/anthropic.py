@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Mapping
 
 from guard.errors import InputError
+from guard.messages import new_turns
 from guard.service.gateway.apis import Api, Asked, Json, Piece, dumps, joined, listed, strings
-from guard.service.messages import new_turns
 from guard.types import Role, Turn
 
 _ROLES = {"user": Role.USER, "assistant": Role.AGENT, "system": Role.SYSTEM}

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 
-from guard.service import messages
+from guard import messages
 from guard.service.gateway.apis import Api, Asked, Json, Piece, dumps, joined, strings
 from guard.service.gateway.events import Lines
 

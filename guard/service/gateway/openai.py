@@ -5,8 +5,8 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from guard import messages
 from guard.errors import InputError
-from guard.service import messages
 from guard.service.gateway.apis import Api, Asked, Json, Piece, count, dumps, joined, listed, strings
 from guard.types import Role, Turn
 

@@ -5,9 +5,9 @@ from typing import Any
 from pydantic import BaseModel
 
 from guard.errors import InputError
+from guard.messages import turns
 from guard.service.http.endpoint import Asked, in_context, post
 from guard.service.http.verdicts import reason_of, strictest
-from guard.service.messages import turns
 from guard.types import Action, Verdict
 
 _FORBIDDEN = 403

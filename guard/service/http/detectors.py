@@ -7,11 +7,11 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, RootModel
 
 from guard.errors import InputError, NotFound
+from guard.messages import turns
 from guard.policy.compile import Policy
 from guard.policy.store import PolicyStore
 from guard.service.http.endpoint import Asked, Errors, alone, in_context, post
 from guard.service.http.status import message_of, status_of
-from guard.service.messages import turns
 from guard.types import HAZARDS, Action, Conversation, Decision, Role, Scores, Turn, Verdict
 
 _HEADER = "detector-id"

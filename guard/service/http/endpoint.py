@@ -9,13 +9,13 @@ from typing import Any
 from pydantic import BaseModel
 
 from guard.errors import InputError
+from guard.messages import new_turns
 from guard.policy.compile import Policy
 from guard.policy.decide import NO_METADATA
 from guard.policy.store import PolicyStore
 from guard.service.decisions import Decisions
 from guard.service.http.forms import Body, Form, read_model
 from guard.service.http.status import Failure, failure_of, status_of
-from guard.service.messages import new_turns
 from guard.service.rollout import Rollout
 from guard.types import Conversation, Decision, Lane, Turn
 

@@ -5,9 +5,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from guard.messages import tool_calls, turns
 from guard.service.http.endpoint import Asked, alone, in_context, post
 from guard.service.http.verdicts import reason_of, strictest
-from guard.service.messages import tool_calls, turns
 from guard.types import Action, Conversation, Role, Turn, Verdict
 
 

@@ -7,10 +7,10 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict
 
 from guard.errors import InputError
+from guard.messages import turns
 from guard.service import convert
 from guard.service.http.endpoint import Asked, Endpoint
 from guard.service.http.forms import read_message
-from guard.service.messages import turns
 from guard.types import Decision
 from guard.v1 import moderation_pb2 as pb
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from guard.errors import InputError
-from guard.service.messages import new_turns, tool_calls, turns
+from guard.messages import new_turns, tool_calls, turns
 from guard.types import Role, Turn
 
 
