@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from guard.audit.judge import Judged, Source
@@ -38,8 +39,7 @@ class Remote:
     """Judges by the model and the policies of a server; what stops it is raised as an error of guard.client.
 
     `in_force` is what these are, as guard.audit.recipe tells it.
-    Numbers are those of the wire: a violation's score and threshold in float32. Rows tell no metadata, and of the rules
-    that match those alone that are for the turn's role.
+    Rows tell no metadata, and of the rules that match those alone that are for the turn's role.
     """
 
     def __init__(self, client: SyncClient, policy: str = "", *, text: bool = False) -> None:
@@ -136,7 +136,7 @@ def _verdict(verdict: pb.Verdict) -> Verdict:
         turn=verdict.turn,
         action=_action(verdict.action),
         violations=tuple(
-            Violation(each.category, _action(each.action), each.score, each.threshold, each.rule)
+            Violation(each.category, _action(each.action), each.score, _decimal(each.threshold), each.rule)
             for each in verdict.violations
         ),
         scores=scores and Scores(scores.unsafe, dict(scores.hazards)),
@@ -145,6 +145,11 @@ def _verdict(verdict: pb.Verdict) -> Verdict:
         shadow=verdict.shadow,
         hits=frozenset(each.rule for each in verdict.violations if each.rule),
     )
+
+
+def _decimal(threshold: float) -> float:
+    """As it was written, 0.55, of what the wire has in float32: 0.550000012."""
+    return float(str(np.float32(threshold)))
 
 
 def _action(action: pb.Action.ValueType) -> Action:
