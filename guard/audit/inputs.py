@@ -78,7 +78,7 @@ class Input:
         if self.url == STDIN:
             yield cast("BinaryIO", _standard_input()), lambda: None
             return
-        with fsspec.open(self.path, "rb").open() as raw:
+        with fsspec.open(self.path, "rb") as raw:
             size = self.size
             stream = _COMPRESSIONS[self.compression](raw) if self.compression else raw
             yield stream, lambda: min(1.0, raw.tell() / size) if size else None

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from guard.audit.inputs import STDIN, Format, Input
 
+_BUFFER = 2**16  # bytes
 _BATCH = 64  # rows of Parquet that are taken at once
 _WIDE = ("utf-16", "utf-32")  # of which a line cannot be told by its bytes
 _DELIMITERS = ",;\t|"
@@ -60,7 +61,8 @@ def rows(source: Input, start: int, limits: Limits) -> Iterator[Row]:
     after = start
     try:
         with source.opened() as (stream, read):
-            for number, after, content in _READERS[source.format](stream, start, limits):
+            pieces: io.BufferedReader[Any] = io.BufferedReader(_Pieces(stream), _BUFFER)
+            for number, after, content in _READERS[source.format](pieces, start, limits):
                 if isinstance(content, str):
                     yield Row(number, after, None, content, read=read())
                 else:
@@ -69,19 +71,41 @@ def rows(source: Input, start: int, limits: Limits) -> Iterator[Row]:
         yield Row(after + 1, after, None, f"from here on it cannot be read: {_why(error)}", rest=True, read=1.0)
 
 
+class _Pieces(io.RawIOBase):
+    """Gives what has come, as it comes: of a file that is damaged all that is before the damage."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._read: Callable[[int], bytes] = getattr(stream, "read1", stream.read)
+        self._stream = stream
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return self._stream.seekable()
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._stream.seek(offset, whence)
+
+    def readinto(self, buffer: Any) -> int:
+        piece = self._read(len(buffer))
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+
 def first(source: Input, limits: Limits, count: int) -> list[Mapping[str, Any]]:
     """Some of the first rows, of those that can be read; all of which can be read once more."""
     found: Iterator[Mapping[str, Any] | None]
     if source.url == STDIN:
-        found = _fields(io.BytesIO(source.head()), source.format, limits)
+        found = _fields(source.head(), source.format, limits)
     else:
         found = (row.fields for row in rows(source, 0, limits))
     return [row for row in islice(found, count) if row is not None]
 
 
-def _fields(head: BinaryIO, format: Format, limits: Limits) -> Iterator[Mapping[str, Any] | None]:
+def _fields(head: bytes, format: Format, limits: Limits) -> Iterator[Mapping[str, Any] | None]:
     with suppress(ijson.JSONError):  # it is cut anywhere
-        for _, _, row in _READERS[format](head, 0, limits):
+        for _, _, row in _READERS[format](io.BufferedReader(_Pieces(io.BytesIO(head))), 0, limits):
             yield None if isinstance(row, str) else row
 
 
@@ -93,19 +117,18 @@ def _why(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
 
 
-def _json_lines(stream: BinaryIO, start: int, limits: Limits) -> Iterator[_Found]:
+def _json_lines(stream: io.BufferedReader, start: int, limits: Limits) -> Iterator[_Found]:
     for number, line in _lines(stream, limits):
         if number > start and not (isinstance(line, str) and not line.strip()):
             yield number, number, line.problem if isinstance(line, _Bad) else _object(line)
 
 
-def _json(stream: BinaryIO, start: int, limits: Limits) -> Iterator[_Found]:
+def _json(stream: io.BufferedReader, start: int, limits: Limits) -> Iterator[_Found]:
     """Lines, or one array of rows, whichever it begins as."""
-    buffered = _buffered(stream)
-    if not buffered.peek(64).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
-        yield from _json_lines(buffered, start, limits)
+    if not stream.peek(64).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+        yield from _json_lines(stream, start, limits)
         return
-    for number, row in enumerate(ijson.items(buffered, "item", use_float=True), 1):
+    for number, row in enumerate(ijson.items(stream, "item", use_float=True), 1):
         if number > start:
             yield number, number, row if isinstance(row, dict) else "should be a JSON object"
 
@@ -120,13 +143,13 @@ def _object(line: str) -> Mapping[str, Any] | str:
     return row if isinstance(row, dict) else "should be a JSON object"
 
 
-def _comma_separated(stream: BinaryIO, start: int, limits: Limits) -> Iterator[_Found]:
+def _comma_separated(stream: io.BufferedReader, start: int, limits: Limits) -> Iterator[_Found]:
     """The first line names the columns, and tells by what they are separated."""
     csv.field_size_limit(limits.max_row_bytes)
     feed = _Feed(_lines(stream, limits))
     header = next(feed, None)
     if header is None or feed.problem:
-        if feed.problem:
+        if feed.problem and start == 0:
             yield 1, 1, feed.problem
         return
     delimiter = max(_DELIMITERS, key=header.count)
@@ -172,7 +195,7 @@ class _Feed:
         return line
 
 
-def _parquet(stream: BinaryIO, start: int, limits: Limits) -> Iterator[_Found]:
+def _parquet(stream: io.BufferedReader, start: int, limits: Limits) -> Iterator[_Found]:
     file = pq.ParquetFile(cast("IO[Any]", stream))
     number = 0
     for group in range(file.num_row_groups):
@@ -198,20 +221,22 @@ class _Bad(NamedTuple):
     problem: str
 
 
-def _lines(stream: BinaryIO, limits: Limits) -> Iterator[tuple[int, str | _Bad]]:
+def _lines(stream: io.BufferedReader, limits: Limits) -> Iterator[tuple[int, str | _Bad]]:
     """Number and text of each line; one that is too long is not held. Raises UnicodeError for text of wide units."""
-    buffered = _buffered(stream)
-    begins = buffered.peek(4)
+    begins = stream.peek(4)
     if begins.startswith(codecs.BOM_UTF8):
-        buffered.read(len(codecs.BOM_UTF8))
+        stream.read(len(codecs.BOM_UTF8))
     encoding = codecs.lookup(limits.encoding).name
     if begins.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         encoding = "utf-16"
     if encoding.startswith(_WIDE):
-        wide = io.TextIOWrapper(buffered, encoding, newline="\n")
-        yield from _cut(wide.readline, "\n", limits, lambda line: line)
+        wide = io.TextIOWrapper(stream, encoding, newline="\n")
+        try:
+            yield from _cut(wide.readline, "\n", limits, lambda line: line)
+        finally:
+            wide.detach()  # which would be closed with it
     else:
-        yield from _cut(buffered.readline, b"\n", limits, lambda line: _decoded(line, encoding))
+        yield from _cut(stream.readline, b"\n", limits, lambda line: _decoded(line, encoding))
 
 
 def _cut(
@@ -240,10 +265,6 @@ def _too_long(size: int, limits: Limits) -> str:
     return f"is {size:,} bytes long, more than {limits.max_row_bytes:,}"
 
 
-def _buffered(stream: BinaryIO) -> io.BufferedReader:
-    return stream if isinstance(stream, io.BufferedReader) else io.BufferedReader(cast("io.RawIOBase", stream))
-
-
-_READERS: Mapping[str, Callable[[BinaryIO, int, Limits], Iterator[_Found]]] = MappingProxyType(
+_READERS: Mapping[str, Callable[[io.BufferedReader, int, Limits], Iterator[_Found]]] = MappingProxyType(
     {"jsonl": _json_lines, "json": _json, "csv": _comma_separated, "tsv": _comma_separated, "parquet": _parquet}
 )
