@@ -162,7 +162,7 @@ def _share(share: "Share") -> str:
 
 
 def _rows(one: "Fitted", target: "Target") -> int:
-    return one.fpr.rows if target[0] == "max_fpr" else one.recall.rows
+    return one.fpr.effective if target[0] == "max_fpr" else one.recall.effective
 
 
 def _doubt(one: "Fitted", target: "Target") -> str:

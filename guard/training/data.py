@@ -94,6 +94,7 @@ class Example:
     """A conversation whose last turn is labelled; `hazards` is None where the kind of harm is unknown.
 
     `taught` is the share of the labels that the probabilities of a `teacher`, unsafe and each hazard, stand in for.
+    `weight` is that in the loss, or how many rows like it one of a sample stands for.
     """
 
     id: str

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil, floor, log
+from math import ceil, floor, log, sqrt
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from guard.policy.compile import Category, Policy, Threshold
 from guard.policy.heads import digest, make_head
 from guard.policy.schema import PolicySpec
 from guard.training.data import Example
-from guard.training.evaluate import Floats, threshold_at, wilson
+from guard.training.evaluate import Bools, Floats, wilson
 from guard.training.formats import read_examples
 from guard.training.head import learn
 from guard.types import Action, Head, Role, Scores
@@ -28,18 +28,19 @@ _DOUBT = 0.05  # what intervals of 95 % leave
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """Of `rows` so many reach a threshold; with the 95 % interval of the share among others like them."""
+    """Of `rows` so many reach a threshold, a share `value` by weight; with its 95 % interval among others like them.
+
+    As much as all of them tell, `effective` rows of one weight would tell (Kish).
+    """
 
     hits: int
     rows: int
-
-    @property
-    def value(self) -> float:
-        return self.hits / self.rows
+    value: float
+    effective: int
 
     @property
     def interval(self) -> Interval:
-        return wilson(self.hits, self.rows)
+        return wilson(round(self.value * self.effective), self.effective)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,13 +103,14 @@ def fit(
 ) -> tuple[list[Fitted], list[str]]:
     """A threshold for each category and role, and notes on what was left as it is.
 
-    Without `category` it is those that hazards or `unsafe` feed; without `action` the strictest threshold that a role
-    has. Harmless rows are those labelled 0; of a category are those labelled 1 that name a hazard of it, or no hazard
-    where `category` says what the label is about. Raises ConfigError for rows that may or may not be of a category,
-    and where thresholds would be out of order.
+    Each row counts by its weight. Without `category` it is those that hazards or `unsafe` feed; without `action` the
+    strictest threshold that a role has. Harmless rows are those labelled 0; of a category are those labelled 1 that
+    name a hazard of it, or no hazard where `category` says what the label is about. Raises ConfigError for rows that
+    may or may not be of a category, and where thresholds would be out of order.
     """
     chosen, notes = _chosen(policy, examples, category)
     roles = np.array([example.role for example in examples])
+    weights = np.array([example.weight for example in examples])
     fitted = []
     for one in chosen:
         belongs = np.array([_belongs(one, example) for example in examples])
@@ -117,7 +119,7 @@ def fit(
             step = next((step for step in steps if action in (None, step.action)), None)
             if step is None or role not in (None, judged):
                 continue
-            harmless, hits = (found[(roles == judged) & (belongs == label)] for label in (0, 1))
+            harmless, hits = (_Rows.of(found, weights, (roles == judged) & (belongs == label)) for label in (0, 1))
             measured = _fitted(one.name, judged, step, harmless, hits, target)
             if isinstance(measured, str):
                 notes.append(f"{one.name} of {judged} turns is left as it is: {measured}")
@@ -151,28 +153,69 @@ def _belongs(category: Category, example: Example) -> int:
     return 1 if named else -1
 
 
-def _fitted(category: str, role: Role, step: Threshold, harmless: Floats, hits: Floats, target: Target) -> Fitted | str:
-    """A threshold, or why there is none; scores are [rows]."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _Rows:
+    """Scores of rows, highest first, and their weights; [rows] each."""
+
+    scores: Floats
+    weights: Floats
+
+    @classmethod
+    def of(cls, scores: Floats, weights: Floats, chosen: Bools) -> "_Rows":
+        order = np.flatnonzero(chosen)[np.argsort(-scores[chosen], kind="stable")]
+        return cls(scores[order], weights[order])
+
+    @property
+    def effective(self) -> int:
+        return round(self.weights.sum() ** 2 / (self.weights**2).sum()) if len(self.weights) else 0
+
+    def reaching(self, threshold: float) -> Share:
+        hits = int((self.scores >= threshold).sum())
+        value = float(self.weights[:hits].sum() / self.weights.sum()) if hits else 0.0
+        return Share(hits, len(self.scores), value, self.effective)
+
+    def highest(self, share: float) -> float:
+        """The score of the first row, from the top, with which more than that share of all is counted."""
+        counted = np.cumsum(self.weights)
+        return float(self.scores[min(np.searchsorted(counted, share * counted[-1], "right"), len(counted) - 1)])
+
+    def least(self, share: float) -> float:
+        """The score of the first row, from the top, with which at least that share of all is counted."""
+        counted = np.cumsum(self.weights)
+        return float(self.scores[np.searchsorted(counted, (share - 1e-9) * counted[-1])])
+
+    def interval(self, share: float) -> Interval:
+        """That of the score which a share of rows like these reaches."""
+        if np.ptp(self.weights) == 0:
+            low, high = quantile_test(self.scores, p=1 - share).confidence_interval(1 - _DOUBT)
+            return 0.0 if np.isnan(low) else float(low), 1.0 if np.isnan(high) else float(high)
+        # Woodruff's: where the share may be anywhere in its own interval, so may the score.
+        doubt = 1.96 * sqrt(share * (1 - share) / self.effective)
+        more, fewer = share + doubt, share - doubt
+        return self.highest(more) if more < 1 else 0.0, self.highest(fewer) if fewer > 0 else 1.0
+
+
+def _fitted(category: str, role: Role, step: Threshold, harmless: _Rows, hits: _Rows, target: Target) -> Fitted | str:
+    """A threshold, or why there is none."""
     kind, share = target
     rows, missed = (harmless, share) if kind == "max_fpr" else (hits, 1 - share)
-    if not len(rows):
+    if not rows.effective:
         return f"no row of that role is {'labelled 0' if kind == 'max_fpr' else 'of the category'}"
     if kind == "max_fpr":
-        threshold = threshold_at(rows, share)
+        threshold = (floor(rows.highest(share) * 1e6) + 1) / 1e6
     else:
-        threshold = floor(np.sort(rows)[-ceil(share * len(rows) - 1e-9)] * 1e6) / 1e6
+        threshold = floor(rows.least(share) * 1e6) / 1e6
     if threshold > 1:
         return "more harmless rows than that have a score of 1"
-    low, high = quantile_test(rows, p=1 - share).confidence_interval(1 - _DOUBT)
     return Fitted(
         category,
         role,
         step.action,
         step.score,
         threshold,
-        (0.0 if np.isnan(low) else float(low), 1.0 if np.isnan(high) else float(high)),
-        Share(int((harmless >= threshold).sum()), len(harmless)),
-        Share(int((hits >= threshold).sum()), len(hits)),
+        rows.interval(share),
+        harmless.reaching(threshold),
+        hits.reaching(threshold),
         ceil(log(_DOUBT) / log(1 - missed)),
     )
 

@@ -1,12 +1,13 @@
 """Labelled rows as people have them: Guard's own records, chat APIs' messages with a label, and tables of texts.
 
     .jsonl   guard.training.data.Record                            one a line; a record without a label is left out
-    .jsonl   {"messages": [{"role", "content"}, …], "label": 0}    optional: lang, categories
-    .csv     text,label                                            optional: role, lang, categories with space between
+    .jsonl   {"messages": [{"role", "content"}, …], "label": 0}    optional: lang, categories, weight
+    .csv     text,label                              optional: role, lang, categories with space between, weight
 
 Each may be gzipped, `.gz`. The last message is the judged one. A label is 0 or safe, 1 or unsafe; `categories` are
 codes of the taxonomy. A text is a user's, and its language `und`, where it is not said. The source of the last two is
-the file's name.
+the file's name. A `weight` says how many rows like it one of a sample stands for; `guard policy fit` and `guard
+calibrate` count it so, 1 where it is not said.
 """
 
 import csv
@@ -81,6 +82,7 @@ class _Labelled(BaseModel):
     label: Annotated[bool, BeforeValidator(_label)]
     lang: str = "und"
     categories: _Categories = frozenset()
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
 
 
 class _Chat(_Labelled):
@@ -108,6 +110,7 @@ def _example(row: _Chat | _Row, path: Path, number: int) -> Example:
         conversation=Conversation(turns, len(turns) - 1),
         unsafe=row.label,
         hazards=None if row.label and not row.categories else row.categories,
+        weight=row.weight,
     )
 
 

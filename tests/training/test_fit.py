@@ -98,6 +98,27 @@ def test_the_highest_threshold_that_keeps_to_a_recall_is_found(
     assert sum(score >= one.threshold + 2e-6 for score in hits) < ceil(recall * len(hits) - 1e-6)
 
 
+@given(
+    st.lists(st.tuples(st.booleans(), scores, st.integers(1, 4)), min_size=1),
+    st.sampled_from(("max_fpr", "min_recall")),
+    st.floats(0.01, 0.99),
+)
+def test_a_row_of_a_weight_counts_as_so_many_rows(
+    weighed: list[tuple[bool, float, int]], kind: Literal["max_fpr", "min_recall"], share: float
+) -> None:
+    """The threshold and the shares are those of the rows repeated; the interval is no narrower for it."""
+    rows = [(replace(row(label, score)[0], weight=weight), row(label, score)[1]) for label, score, weight in weighed]
+    repeated = [row(label, score) for label, score, weight in weighed for _ in range(weight)]
+    (found, notes), (expected, said) = fitted(rows, kind, share), fitted(repeated, kind, share)
+    assert notes == said
+    for one, other in zip(found, expected, strict=True):
+        assert one.threshold == other.threshold
+        assert one.interval[0] <= one.threshold <= one.interval[1] + 2e-6
+        for mine, theirs in ((one.fpr, other.fpr), (one.recall, other.recall)):
+            assert mine.value == pytest.approx(theirs.value)
+            assert mine.effective <= mine.rows <= theirs.rows
+
+
 def test_intervals_are_those_of_the_binomial() -> None:
     """Of the shares Wilson's, of the threshold that of the quantile; both are narrower where rows are more."""
     widths = []

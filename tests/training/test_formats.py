@@ -107,3 +107,15 @@ def test_a_wrong_file_is_told_by_its_place_and_not_quoted(
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"gone\.csv: cannot be read: FileNotFoundError"):
         read_examples(tmp_path / "gone.csv")
+
+
+def test_rows_of_a_sample_have_weights(tmp_path: Path) -> None:
+    """In either form, 1 where none is said; a weight that is none is an error at its line."""
+    table = tmp_path / "rows.csv"
+    table.write_text("text,label,weight\na,0,2.5\nb,1,40\n")
+    assert [example.weight for example in read_examples(table)] == [2.5, 40]
+    chats = read_examples(lines(tmp_path / "rows.jsonl", chat(0, "a", weight=3), chat(1, "b")))
+    assert [example.weight for example in chats] == [3, 1]
+    table.write_text("text,label,weight\na,0,0\n")
+    with pytest.raises(ConfigError, match=r"rows\.csv:2: weight: Input should be greater than 0$"):
+        read_examples(table)
