@@ -122,7 +122,7 @@ def read_labels(path: Path, sample: Sample, facts: Facts) -> Labels:
             raise ConfigError(f"{place}: case: {int(number)} is labelled above already")
         if label := _label(row, codes, place):
             found[int(number)] = label
-    return Labels(path.stem, found)
+    return Labels(str(path), found)
 
 
 def _label(row: Mapping[str, str], codes: Mapping[str, str], place: str) -> Label | None:

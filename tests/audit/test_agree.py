@@ -224,7 +224,9 @@ def test_labels_are_read_as_people_send_them(tmp_path: Path, text: bytes) -> Non
     out, sample = reviewed_audit(tmp_path)
     (tmp_path / "ann.csv").write_bytes(text)
     labels = read_labels(tmp_path / "ann.csv", sample, read_facts(out))
-    assert labels == Labels("ann", {1: Label(True, frozenset({"S10", "X1"})), 2: Label(False), 3: Label(None)})
+    assert labels == Labels(
+        str(tmp_path / "ann.csv"), {1: Label(True, frozenset({"S10", "X1"})), 2: Label(False), 3: Label(None)}
+    )
 
 
 @pytest.mark.parametrize(
@@ -260,6 +262,8 @@ def test_an_empty_sheet_is_said(tmp_path: Path) -> None:
     out, _ = reviewed_audit(tmp_path)
     with pytest.raises(ConfigError, match=r"^there is no label yet: harmless or harmful, in the column label$"):
         run(out, out / "review" / "sheet.csv")
+    with pytest.raises(ConfigError, match=r"^a sheet is given twice; each is one reviewer's$"):
+        run(out, out / "review" / "sheet.csv", out / "review" / "sheet.csv")
     with pytest.raises(ConfigError, match=r"key\.parquet: cannot be read; is that where `guard audit sample` wrote\?$"):
         run(out, out / "review" / "sheet.csv", "--from", tmp_path)
 
