@@ -202,7 +202,7 @@ def is_complete(folder: Path) -> bool:
 
 def read_manifest(folder: Path) -> list[dict[str, Any]]:
     """The finished parts, in order. One whose rows were all rejected names no file."""
-    return [line for line in _lines(folder / MANIFEST) if "end" in line]
+    return [line for line in _lines(folder / MANIFEST) if "part" in line]
 
 
 def read_facts(folder: Path) -> dict[str, Any]:

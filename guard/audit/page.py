@@ -127,7 +127,7 @@ function shown(one) {
     const list = element("dl");
     for (const name of ["role", "input", "row", "id", "turn"])
       list.append(element("dt", "role", name), element("dd", "", String(one[name])));
-    box.append(element("p", "hint", "The audit holds no texts: look this turn up where you keep them."), list);
+    box.append(element("p", "hint", "This sheet holds no texts: look this turn up where you keep them."), list);
   } else {
     if (one.left_out) box.append(element("p", "hint", one.left_out + " earlier turns are not shown."));
     for (const said of one.context) box.append(turn(said, "context"));

@@ -1,15 +1,17 @@
 """From inputs to windows of conversations: what is read of logs, from any position on."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from guard.audit import group
-from guard.audit.inputs import Input
+from guard.audit.inputs import STDIN, Input
 from guard.audit.records import Place, Position, Record, Reject, Window
 from guard.audit.rows import Limits, Row, first, rows
 from guard.audit.shapes import Said, Shape
+from guard.errors import ConfigError
+from guard.types import Role, Turn
 
 _SAMPLE = 100  # rows by which a shape is found out
 _ITEM = 64  # characters that a record counts as, beside its text
@@ -93,12 +95,30 @@ def sample(inputs: Sequence[Input], limits: Limits) -> Sequence[Mapping[str, Any
     return []
 
 
-def texts(logs: Logs, places: Iterable[Place]) -> dict[Place, Record]:
-    """The conversations at those places, read again."""
-    wanted = set(places)
+def facts_of(logs: Logs) -> Mapping[str, Any]:
+    """What is read, and how, as JSON has it."""
     return {
-        item.place: item
-        for window in logs.windows(Position(), 2**20)
-        for item in window.items
-        if isinstance(item, Record) and item.place in wanted
+        "inputs": [asdict(source) for source in logs.inputs],
+        "shape": logs.shape.kind,
+        "map": dict(logs.shape.columns),
+        "roles": dict(logs.shape.roles),
+        **asdict(logs.limits),
     }
+
+
+def read_again(facts: Mapping[str, Any], out: Path) -> Callable[[Collection[Place]], Mapping[Place, Sequence[Turn]]]:
+    """Finds what was said at places of the inputs of an audit with those facts, in that folder."""
+    shape = Shape(facts["shape"], facts["map"], {word: Role(role) for word, role in facts["roles"].items()})
+    inputs = tuple(Input(**source) for source in facts["inputs"])
+    logs = Logs(inputs, shape, Limits(facts["encoding"], facts["max_row_bytes"]), out / "spool")
+
+    def found(places: Collection[Place]) -> Mapping[Place, Sequence[Turn]]:
+        if STDIN in [source.url for source in inputs]:
+            raise ConfigError(f"{out}: its texts came from standard input, and were kept by nobody; audit --with-text")
+        logs.gather()
+        records = (item for window in logs.windows(Position(), 2**20) for item in window.items)
+        said = {item.place: item.turns for item in records if isinstance(item, Record) and item.place in places}
+        logs.forget()
+        return said
+
+    return found

@@ -21,6 +21,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from guard.audit.output import part_files, read_facts
 from guard.audit.records import Place
 from guard.audit.strata import BY, Choice, Facts, Stratum, view
 from guard.errors import ConfigError, InputError
@@ -80,17 +81,6 @@ class Sample:
         """How many turns of a stratum one that was drawn stands for."""
         drawn = Counter(case.stratum for case in self.cases)
         return {case.stratum: case.size / drawn[case.stratum] for case in self.cases}
-
-
-def read_facts(out: Path) -> Facts:
-    """What was in force. Raises ConfigError where the folder is not that of an audit."""
-    try:
-        facts = json.loads((out / "audit.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise ConfigError(f"{out}: is not the folder of an audit: audit.json cannot be read") from None
-    if not isinstance(facts, dict) or facts.get("format") != 1:
-        raise ConfigError(f"{out / 'audit.json'}: expected format 1")
-    return facts
 
 
 def draw(out: Path, choice: Choice, texts: Texts | None = None) -> Sample:
@@ -165,13 +155,8 @@ def _check(choice: Choice, facts: Facts) -> None:
 
 
 def _parts(out: Path) -> list[str]:
-    """Those that are whole. The last line of the manifest may be torn."""
-    try:
-        lines = (out / "manifest.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-        parts = [json.loads(line).get("part") for line in lines if line.endswith("\n")]
-    except (OSError, ValueError, AttributeError):
-        raise ConfigError(f"{out / 'manifest.jsonl'}: cannot be read") from None
-    names = [str(out / part) for part in parts if part]
+    """Raises ConfigError where there are none."""
+    names = list(map(str, part_files(out)))
     if not names:
         raise ConfigError(f"{out}: nothing is judged yet")
     return names

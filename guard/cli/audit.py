@@ -14,7 +14,9 @@ import typer
 from typer.core import TyperGroup
 
 from guard.cli import options
+from guard.cli.audit_agree import agree
 from guard.cli.audit_progress import Shown, shown
+from guard.cli.audit_sample import sample
 from guard.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -43,6 +45,10 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
+
+
+app.command()(sample)
+app.command()(agree)
 
 
 @app.command()
@@ -106,7 +112,8 @@ def run(
     with options.extra("auditing", "audit"):
         from guard.audit.inputs import STDIN, find_inputs
         from guard.audit.output import is_complete, open_output
-        from guard.audit.read import Logs, sample
+        from guard.audit.read import Logs, facts_of
+        from guard.audit.read import sample as first_rows
         from guard.audit.report import write_report
         from guard.audit.rows import Limits
         from guard.audit.run import run as audit
@@ -116,7 +123,7 @@ def run(
 
     found = find_inputs(inputs, format)
     limits = Limits(_known(encoding), max_row_bytes)
-    logs = Logs(found, detect(sample(found, limits), shape, mapping or (), roles or ()), limits, out / "spool")
+    logs = Logs(found, detect(first_rows(found, limits), shape, mapping or (), roles or ()), limits, out / "spool")
     typer.echo(f"{_counted(found)}; {logs.shape.described()}", err=True)
     if dry_run:
         return
@@ -132,12 +139,7 @@ def run(
     facts = {
         "version": version("guard-moderation"),
         "engine": engine,
-        "inputs": [{"url": each.url, "size": each.size, "modified": each.modified} for each in found],
-        "shape": logs.shape.kind,
-        "map": dict(logs.shape.columns),
-        "roles": dict(logs.shape.roles),
-        "encoding": limits.encoding,
-        "max_row_bytes": limits.max_row_bytes,
+        **facts_of(logs),
         "server": server or None,
         "policy": policy or None,
         "with_text": with_text,

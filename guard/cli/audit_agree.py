@@ -58,7 +58,7 @@ def agree(
     with options.extra("reading a review", "audit"):
         from guard.audit.agree import Reviewed
         from guard.audit.agree import agree as told_by
-        from guard.audit.sample import read_facts
+        from guard.audit.output import read_facts
         from guard.audit.sheet import read_key, read_labels
 
     targets: list[Target] = [("max_fpr", max_fpr)] if max_fpr is not None else []

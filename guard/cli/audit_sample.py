@@ -6,7 +6,6 @@ from typing import Annotated, Literal
 import typer
 
 from guard.cli import options
-from guard.errors import ConfigError
 
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder of an audit.", exists=True, file_okay=False)]
 
@@ -25,7 +24,7 @@ def sample(
     category: Annotated[str, typer.Option(help="Only turns that violate it.", show_default=False)] = "",
     to: Annotated[Path | None, typer.Option(help="Directory for the sheet.", show_default="OUT/review")] = None,
     with_text: Annotated[
-        bool, typer.Option("--with-text", help="Show what was said; else only where it stands.")
+        bool, typer.Option("--with-text", help="Show what was said, from the inputs if need be; else only where.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Another one draws other turns.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace a sheet that is there.")] = False,
@@ -36,16 +35,17 @@ def sample(
     or sheet.csv in a spreadsheet, whose `label` is harmless, harmful or unsure. `guard audit agree` reads it back.
     """
     with options.extra("drawing a sample", "audit"):
-        from guard.audit.sample import draw, read_facts, texts_of
+        from guard.audit.output import read_facts
+        from guard.audit.read import read_again
+        from guard.audit.sample import draw, texts_of
         from guard.audit.sheet import write_review
         from guard.audit.strata import Choice
     from guard.types import Action
 
     facts = read_facts(out)
-    if with_text and not facts["with_text"]:
-        raise ConfigError(f"{out}: holds no texts; run the audit --with-text")
     choice = Choice(size, seed, tuple(by or ()), Action[only.upper()] if only else None, category)
-    drawn = draw(out, choice, texts_of(out) if with_text else None)
+    texts = (texts_of(out) if facts["with_text"] else read_again(facts, out)) if with_text else None
+    drawn = draw(out, choice, texts)
     review = to or out / "review"
     write_review(review, drawn, facts, force=force)
     typer.echo(f"{len(drawn.cases):,} of {drawn.turns:,} judged turns, from {len(drawn.weights)} strata")

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from guard.audit.agree import Reviewed, agree, alpha
+from guard.audit.output import read_facts
 from guard.audit.records import Place
-from guard.audit.sample import Case, Sample, draw, read_facts, texts_of
+from guard.audit.sample import Case, Sample, draw, texts_of
 from guard.audit.sheet import Label, Labels, read_labels, write_review
 from guard.audit.strata import Choice, Facts
 from guard.cli import audit_agree

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from guard.audit.inputs import find_inputs
-from guard.audit.read import Logs, sample, texts
+from guard.audit.read import Logs, facts_of, read_again, sample
 from guard.audit.records import Place, Position, Record, Reject
 from guard.audit.rows import Limits
 from guard.audit.shapes import detect
@@ -68,10 +68,11 @@ def test_logs_can_be_sent_to_other_processes(some: Logs) -> None:
     assert items(pickle.loads(pickle.dumps(some))) == items(some)
 
 
-def test_texts_are_found_again(some: Logs) -> None:
-    """By their places."""
+def test_texts_are_found_again(some: Logs, tmp_path: Path) -> None:
+    """By their places, from what an audit says of its inputs."""
     wanted = [item for item in items(some) if isinstance(item, Record)][7]
-    assert texts(some, [wanted.place, Place("nowhere", 1)]) == {wanted.place: wanted}
+    facts = json.loads(json.dumps(facts_of(some)))
+    assert read_again(facts, tmp_path)([wanted.place, Place("nowhere", 1)]) == {wanted.place: wanted.turns}
 
 
 def mixed(folder: Path, seed: int) -> tuple[Logs, dict[str, list[tuple[str, str]]]]:

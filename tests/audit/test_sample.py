@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from guard.audit.sample import allocate, draw, read_facts, texts_of
+from guard.audit.output import read_facts
+from guard.audit.sample import allocate, draw, texts_of
 from guard.audit.sheet import read_key, write_review
 from guard.audit.strata import Choice, Stratum
 from guard.cli.audit_sample import sample
@@ -221,7 +222,6 @@ def test_a_sheet_that_is_there_is_kept(tmp_path: Path) -> None:
         ),
         (("--category", "hat"), "category: expected one of hate, rivals, violence, found 'hat'; did you mean hate?"),
         (("--size", "3"), "size: expected at least 19, as there are 10 strata, found 3"),
-        (("--with-text",), "OUT: holds no texts; run the audit --with-text"),
         (("--only", "redirect"), "OUT: no turn is judged as asked for"),
     ],
 )
@@ -235,7 +235,7 @@ def test_what_cannot_be_drawn_is_said(tmp_path: Path, arguments: tuple[str, ...]
 
 def test_a_folder_that_is_no_audit_is_said(tmp_path: Path) -> None:
     """So is one without a whole part, and a part that is damaged."""
-    with pytest.raises(ConfigError, match=r"is not the folder of an audit: audit\.json cannot be read$"):
+    with pytest.raises(ConfigError, match=r"there is no audit, since there is no audit\.json$"):
         run(tmp_path)
     out = write_audit(tmp_path / "out", traffic(10))
     (out / "parts" / "part-000000.parquet").write_bytes(b"PAR1")
