@@ -14,8 +14,8 @@ from guard.errors import ConfigError, InputError
 from guard.types import Action, Role
 
 if TYPE_CHECKING:
-    from guard.audit.agree import Agreement
-    from guard.audit.estimate import Share
+    from guard.audit.review.agree import Agreement
+    from guard.audit.review.estimate import Share
     from guard.training.fit import Target
 
 Row = Sequence[str]
@@ -56,10 +56,10 @@ def agree(
     agreement.md beside the sheet, and labels.jsonl for `guard policy fit` where it holds texts.
     """
     with options.extra("reading a review", "audit"):
-        from guard.audit.agree import Reviewed
-        from guard.audit.agree import agree as told_by
         from guard.audit.output import read_facts
-        from guard.audit.sheet import read_key, read_labels
+        from guard.audit.review.agree import Reviewed
+        from guard.audit.review.agree import agree as told_by
+        from guard.audit.review.sheet import read_key, read_labels
 
     targets: list[Target] = [("max_fpr", max_fpr)] if max_fpr is not None else []
     targets += [("min_recall", min_recall)] if min_recall is not None else []

@@ -12,9 +12,9 @@ from guard.errors import ConfigError, InputError
 from guard.types import Action, Role
 
 if TYPE_CHECKING:
-    from guard.audit.agree import Reviewed
-    from guard.audit.estimate import Rates
-    from guard.audit.strata import Facts
+    from guard.audit.review.agree import Reviewed
+    from guard.audit.review.estimate import Rates
+    from guard.audit.review.strata import Facts
     from guard.policy.compile import Policy
     from guard.training.data import Example
     from guard.training.fit import Fitted, Target
@@ -58,7 +58,7 @@ def propose(reviewed: "Reviewed", facts: "Facts", asked: Asked, rows: Path) -> P
     """Writes the labelled conversations to `rows`, where there are texts. Raises ConfigError and InputError."""
     with options.extra("proposing thresholds"):
         from guard.training import fit as fitting
-    from guard.audit.agree import scores_of
+    from guard.audit.review.agree import scores_of
 
     policy = _policy(reviewed, facts, asked)
     chosen = dict(_examples(reviewed, policy, asked.category))
@@ -86,7 +86,7 @@ def propose(reviewed: "Reviewed", facts: "Facts", asked: Asked, rows: Path) -> P
 
 
 def _policy(reviewed: "Reviewed", facts: "Facts", asked: Asked) -> "Policy":
-    from guard.audit.agree import policy_of
+    from guard.audit.review.agree import policy_of
     from guard.policy.messages import one_of
 
     if not reviewed.sample.is_whole:

@@ -37,9 +37,9 @@ def sample(
     with options.extra("drawing a sample", "audit"):
         from guard.audit.output import read_facts
         from guard.audit.read import read_again
-        from guard.audit.sample import draw, texts_of
-        from guard.audit.sheet import write_review
-        from guard.audit.strata import Choice
+        from guard.audit.review.sample import draw, texts_of
+        from guard.audit.review.sheet import write_review
+        from guard.audit.review.strata import Choice
     from guard.types import Action
 
     facts = read_facts(out)

@@ -13,17 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from guard.audit.agree import Reviewed, agree, alpha
 from guard.audit.output import read_facts
 from guard.audit.records import Place
-from guard.audit.sample import Case, Sample, draw, texts_of
-from guard.audit.sheet import Label, Labels, read_labels, write_review
-from guard.audit.strata import Choice, Facts
+from guard.audit.review.agree import Reviewed, agree, alpha
+from guard.audit.review.sample import Case, Sample, draw, texts_of
+from guard.audit.review.sheet import Label, Labels, read_labels, write_review
+from guard.audit.review.strata import Choice, Facts
 from guard.cli import audit_agree
 from guard.errors import ConfigError, GuardError
 from guard.training.formats import read_examples
 from guard.types import Action, Role
-from tests.audit.reviewed import Judged, write_audit
+from tests.audit.review.reviewed import Judged, write_audit
 
 
 def traffic(conversations: int) -> list[Judged]:

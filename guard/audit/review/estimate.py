@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from guard.audit.sample import Case, Sample
+from guard.audit.review.sample import Case, Sample
 
 Interval = tuple[float, float]
 Bools = NDArray[np.bool_]

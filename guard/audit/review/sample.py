@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from guard.audit.output import part_files, read_facts
 from guard.audit.records import Place
-from guard.audit.strata import BY, Choice, Facts, Stratum, view
+from guard.audit.review.strata import BY, Choice, Facts, Stratum, view
 from guard.errors import ConfigError, InputError
 from guard.policy.messages import one_of
 from guard.types import Action, Role, Turn
@@ -164,7 +164,7 @@ def _parts(out: Path) -> list[str]:
 
 @contextmanager
 def _turns(out: Path, facts: Facts, choice: Choice) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A database with the view of guard.audit.strata."""
+    """A database with the view of guard.audit.review.strata."""
     parts = _parts(out)
     with duckdb.connect() as database:
         try:

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from guard.audit.output import read_facts
-from guard.audit.sample import allocate, draw, texts_of
-from guard.audit.sheet import read_key, write_review
-from guard.audit.strata import Choice, Stratum
+from guard.audit.review.sample import allocate, draw, texts_of
+from guard.audit.review.sheet import read_key, write_review
+from guard.audit.review.strata import Choice, Stratum
 from guard.cli.audit_sample import sample
 from guard.errors import ConfigError, GuardError, InputError
 from guard.types import Action, Role, Turn
-from tests.audit.reviewed import Judged, write_audit
+from tests.audit.review.reviewed import Judged, write_audit
 
 HOSTILE = "</script><script>alert(1)</script> =1+1 \u2028"
 

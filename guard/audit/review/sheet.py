@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from guard.audit.page import page
 from guard.audit.records import Place
-from guard.audit.sample import Case, Sample
-from guard.audit.strata import Facts
+from guard.audit.review.page import page
+from guard.audit.review.sample import Case, Sample
+from guard.audit.review.strata import Facts
 from guard.errors import ConfigError
 from guard.types import HAZARDS, Action, Role, Turn
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from guard.audit.estimate import HARMFUL, HARMLESS, OTHERWISE, UNKNOWN, Bools, Rates, Share, Strata, Whole
-from guard.audit.sample import Case, Sample
-from guard.audit.sheet import Label, Labels, is_own
-from guard.audit.strata import Facts
+from guard.audit.review.estimate import HARMFUL, HARMLESS, OTHERWISE, UNKNOWN, Bools, Rates, Share, Strata, Whole
+from guard.audit.review.sample import Case, Sample
+from guard.audit.review.sheet import Label, Labels, is_own
+from guard.audit.review.strata import Facts
 from guard.errors import ConfigError
 from guard.policy.compile import Category, Policy, Threshold
 from guard.types import Action, Role, Scores
