@@ -19,7 +19,7 @@ from guard.audit.shapes import MAX_TURNS, Said
 from guard.errors import ConfigError
 from guard.types import Role, Turn
 
-_MEMORY = "1GB"
+_MEMORY = "256MB"
 _BATCH = 1024  # rows that are written at once
 _SORTED = "sorted.parquet"
 _COLUMNS: list[tuple[str, pa.DataType]] = [
