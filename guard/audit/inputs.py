@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO, Literal, cast
@@ -33,9 +33,13 @@ _MAGIC = "*?["
 _HEAD = 2**20  # bytes
 
 
-@cache
-def _standard_input() -> io.BufferedReader:
-    return io.BufferedReader(io.FileIO(sys.stdin.fileno(), closefd=False), _HEAD)
+def _standard_input() -> "io.BufferedReader[Any]":
+    return _peekable(getattr(sys.stdin.buffer, "raw", sys.stdin.buffer))
+
+
+@lru_cache(maxsize=1)
+def _peekable(raw: Any) -> "io.BufferedReader[Any]":
+    return io.BufferedReader(raw, _HEAD)
 
 
 def _zstandard(raw: BinaryIO) -> BinaryIO:

@@ -225,11 +225,12 @@ def _query(
             for place, (key, value) in enumerate(pairs)
         ),
     ]
-    query = (
-        f"SELECT {', '.join(selected)} FROM read_json($path, columns = $columns, format = 'newline_delimited')"
-        + f" WHERE policy.name = {_quoted(only)}" * bool(only)
-    )
-    given = {"path": str(path), "columns": columns}
+    given: dict[str, Any] = {"path": str(path)}
+    log = "read_parquet($path)"
+    if path.suffix != ".parquet":  # which an audit writes
+        log = "read_json($path, columns = $columns, format = 'newline_delimited')"
+        given["columns"] = columns
+    query = f"SELECT {', '.join(selected)} FROM {log}" + f" WHERE policy.name = {_quoted(only)}" * bool(only)
     # In the order of the file, which duckdb keeps unless it is told not to.
     if verdicts:
         database.execute(f"CREATE TABLE log AS {query}", given)
