@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
 BINS = 50
-_NEAR = 0.1  # a score that is further below a threshold is no doubtful one
+_NEAR = 0.1  # a score that is further from its threshold is no doubtful one
 _OF_EACH = 2  # cases of one category, so that no category takes all the room
 _SHOWN = 10  # cases of each kind
 _CHARACTERS = 200  # of a text
@@ -85,7 +85,7 @@ def histograms(database: "DuckDBPyConnection", policies: Mapping[str, Mapping[st
 def cases(database: "DuckDBPyConnection", finished: Finished, text: bool) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
     """The most certain ones, strictest action first, and the most doubtful ones, closest to the threshold first."""
     certain = [pick for action in reversed(LEVELS[1:]) for pick in _closest(_reached(database, "-margin"), action)]
-    above = _closest(_reached(database, "margin"))
+    above = _closest(pick for pick in _reached(database, "margin") if pick.distance <= _NEAR)
     below = _closest(
         pick
         for policy, told in finished.policies.items()

@@ -146,7 +146,7 @@ def changes(flips: Sequence[Flip]) -> go.Figure:
     milder: defaultdict[str, int] = defaultdict(int)
     for flip in flips:
         side = stricter if LEVELS.index(flip.after) > LEVELS.index(flip.before) else milder
-        side[flip.about] += flip.share.count
+        side[flip.category or ""] += flip.share.count
     names = sorted(stricter.keys() | milder.keys(), key=lambda name: (-stricter[name] - milder[name], name))
     sides = (("milder", milder, -1, "var(--milder)", "/"), ("stricter", stricter, 1, "var(--block)", ""))
     bars = [
@@ -164,7 +164,9 @@ def changes(flips: Sequence[Flip]) -> go.Figure:
     ]
     figure = _figure(bars, _ROW * len(names) + 110, barmode="relative")
     figure.update_yaxes(autorange="reversed", type="category", dtick=1)
-    figure.update_xaxes(title="← milder · turns · stricter →", zeroline=True, zerolinecolor="var(--soft)")
+    figure.update_xaxes(
+        title="← milder · turns · stricter →", tickformat=",", zeroline=True, zerolinecolor="var(--soft)"
+    )
     return figure
 
 
@@ -214,6 +216,7 @@ def _layout(height: int) -> dict[str, Any]:
         "legend": {"orientation": "h", "yanchor": "bottom", "y": 1.01, "x": 0, "traceorder": "normal"},
         "hoverlabel": {"bgcolor": "var(--paper)", "bordercolor": "var(--line)", "font": {"color": "var(--ink)"}},
         "dragmode": False,
+        "showlegend": True,
         "xaxis": _AXIS,
         "yaxis": _AXIS,
     }

@@ -10,7 +10,6 @@ from guard.audit.intervals import Share
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
-VERDICT = "verdict"
 _IDS = 5  # for each kind
 
 
@@ -18,10 +17,10 @@ _IDS = 5  # for each kind
 class Flip:
     """Turns of a role about which the second policy says `after`, not `before`; some of them, as ID/TURN.
 
-    `about` is empty for the verdict as a whole, else it is a category. The share is of the role's turns.
+    Of a category, empty for rules that have none, or None: of the verdict as a whole. The share is of the role's turns.
     """
 
-    about: str
+    category: str | None
     role: str
     before: str
     after: str
@@ -53,9 +52,9 @@ def flips(database: "DuckDBPyConnection", spoken: Mapping[str, int]) -> Flips:
     stricter = sum(count for before, row in enumerate(matrix) for count in row[before + 1 :])
     milder = sum(count for before, row in enumerate(matrix) for count in row[:before])
     found = [
-        Flip(about, role, LEVELS[before], LEVELS[after], Share.make(count, spoken[role]), tuple(ids))
+        Flip(category, role, LEVELS[before], LEVELS[after], Share.make(count, spoken[role]), tuple(ids))
         for query in (_verdicts(), _categories())
-        for about, role, before, after, count, ids in database.execute(query).fetchall()
+        for category, role, before, after, count, ids in database.execute(query).fetchall()
     ]
     verdicts = Share.make(stricter + milder, sum(map(sum, matrix)))
     return Flips(verdicts, stricter, milder, tuple(map(tuple, matrix)), tuple(found))
@@ -63,8 +62,8 @@ def flips(database: "DuckDBPyConnection", spoken: Mapping[str, int]) -> Flips:
 
 def _verdicts() -> str:
     return _counted(
-        "SELECT '' AS about, role, level AS before, other_level AS after, id, turn, filename, file_row_number "
-        "FROM turns WHERE level <> other_level"
+        "SELECT NULL::VARCHAR AS category, role, level AS before, other_level AS after, "
+        "id, turn, filename, file_row_number FROM turns WHERE level <> other_level"
     )
 
 
@@ -77,7 +76,7 @@ def _categories() -> str:
     )
     found = level("action")
     return _counted(
-        "SELECT category AS about, any_value(role) AS role, any_value(id) AS id, any_value(turn) AS turn, "
+        "SELECT category, any_value(role) AS role, any_value(id) AS id, any_value(turn) AS turn, "
         f"filename, file_row_number, coalesce(max({found}) FILTER (NOT other), 0) AS before, "
         f"coalesce(max({found}) FILTER (other), 0) AS after "
         f"FROM ({sides}) GROUP BY category, filename, file_row_number HAVING before <> after"
@@ -86,7 +85,7 @@ def _categories() -> str:
 
 def _counted(differing: str) -> str:
     return (
-        "SELECT about, role::VARCHAR, before, after, count(*), "
+        "SELECT category, role::VARCHAR, before, after, count(*), "
         f"min_by(id || '/' || turn, {{f: filename, r: file_row_number}}, {_IDS}) "
         f"FROM ({differing}) GROUP BY ALL ORDER BY 5 DESC, 1, 2, 3, 4"
     )

@@ -105,7 +105,7 @@ def _table(table: Table) -> str:
     grid = f"<div class=table tabindex=0><table{kind}><thead><tr>{head}<tbody>\n{rows}</table></div>"
     title = _escaped(table.title)
     if table.is_folded:
-        return f"<details><summary>{title} <small>({len(table.rows):,} rows)</small></summary>{grid}</details>"
+        return f"<details><summary>{title} <small>({len(table.rows):,})</small></summary>{grid}</details>"
     return f"<h3>{title}</h3>{grid}" if title else grid
 
 
@@ -132,7 +132,7 @@ def _value(value: Value, widest: float) -> str:
     shown, _, interval = percent(value).partition(" (")
     left, width, at = (100 * number / widest for number in (value.low, value.high - value.low, value.share))
     bar = f'<i style="left:{left:.2f}%;width:{width:.2f}%"></i><b style="width:{at:.2f}%"></b>'
-    return f"{shown} <small>({interval}</small><span class=bar aria-hidden=true>{bar}</span>"
+    return f"<div>{shown} <small>({interval}</small><span class=bar aria-hidden=true>{bar}</span></div>"
 
 
 def _escaped(text: str) -> str:

@@ -94,8 +94,8 @@ def _sentences(summary: Summary) -> Iterator[str]:
     acted = {"flag": "flagged", "redirect": "redirected", "block": "blocked"}
     counts = [f"{turns.actions[action]:,} {done}" for action, done in acted.items() if turns.actions[action]]
     yield (
-        f"Of {turns.turns:,} turns in {totals.conversations:,} conversations, {percent(turns.not_allowed)} were not "
-        f"allowed{': ' if counts else ''}{_joined(counts)}."
+        f"Of {_counted(turns.turns, 'turn')} in {_counted(totals.conversations, 'conversation')}, "
+        f"{percent(turns.not_allowed)} were not allowed{': ' if counts else ''}{_joined(counts)}."
     )
     yield f"Of the conversations, {percent(totals.conversations_not_allowed)} hold at least one such turn."
     if summary.by_category:
@@ -134,6 +134,10 @@ def _notes(summary: Summary, text: bool) -> list[Words]:
         ),
     )
     return [Words(note, warns=True) for holds, note in notes if holds]
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count:,} {what}{'s' * (count != 1)}"
 
 
 def _joined(words: list[str]) -> str:

@@ -186,8 +186,8 @@ def _scores(histograms: Sequence[Histogram]) -> Iterator[Block]:
     yield Words(
         "A score says how sure the model is, from 0 (harmless) to 1. Most scores are close to 0, so the bars grow by "
         "powers of ten: each line of the grid stands for ten times as many turns as the one below. The upright lines "
-        "are the policy’s thresholds: it acts on what is right of them. Where many turns are close to a line, a small "
-        "change of the threshold changes a lot."
+        "are the policy’s thresholds: it acts on what is right of them. Where many turns are close to a line, a "
+        "small change of the threshold changes a lot."
     )
     many = len({policy for policy, _ in grouped}) > 1
     yield Chart(
@@ -199,15 +199,14 @@ def _scores(histograms: Sequence[Histogram]) -> Iterator[Block]:
         pick="Category",
     )
     yield Table(
-        ("policy", "category", "role", "turns", "highest score", *LEVELS[1:]),
+        ("category", "role", "turns", "highest", "thresholds"),
         [
             (
-                one.policy,
-                one.category,
+                f"{one.policy}: {one.category}" if many else one.category,
                 one.role,
                 one.turns,
                 one.highest,
-                *(one.thresholds.get(level) for level in LEVELS[1:]),
+                _steps(one.thresholds),
             )
             for one in histograms
         ],
@@ -272,7 +271,7 @@ def _changes(summary: Summary, flips: Flips) -> Iterator[Block]:
         ],
         f"Turns by what was decided (rows) and what {name} decides (columns)",
     )
-    about = [flip for flip in flips.flips if flip.about]
+    about = [flip for flip in flips.flips if flip.category is not None]
     if about:
         yield Chart("Findings that change, by category", {"": charts.changes(about)})
     shown = flips.flips[:_FLIPS_SHOWN]
@@ -284,12 +283,12 @@ def _changes(summary: Summary, flips: Flips) -> Iterator[Block]:
                 "before",
                 "after",
                 "turns",
-                "share of the role’s turns (95 % interval)",
+                "share of the role (95 % interval)",
                 "some, as ID/TURN",
             ),
             [
                 (
-                    flip.about or "verdict",
+                    "verdict" if flip.category is None else flip.category or "no category",
                     flip.role,
                     flip.before,
                     flip.after,
@@ -365,35 +364,32 @@ def _policy(told: Mapping[str, Any]) -> str:
 
 def _category(name: str, spec: Mapping[str, Any]) -> tuple[Value, ...]:
     looks_at = ", ".join(HAZARDS.get(code, code) for code in spec["hazards"]) or "the overall score"
-    steps = [
-        ", ".join(
-            f"{action} {at:.2f}"
-            for action, at in sorted(spec["thresholds"].get(role.value, {}).items(), key=lambda x: x[1])
-        )
-        for role in Role
-    ]
+    steps = [_steps(spec["thresholds"].get(role.value, {})) for role in Role]
     return name, str(spec.get("title", "")), looks_at, *(step or "not judged" for step in steps)
+
+
+def _steps(thresholds: Mapping[str, float]) -> str:
+    return ", ".join(f"{action} {at:g}" for action, at in sorted(thresholds.items(), key=lambda step: step[1]))
 
 
 def _glossary() -> Iterator[Block]:
     yield Table(
         ("word", "meaning"),
         [
-            ("turn", "One message of a conversation: of the user, the agent, a tool, or the operator (system)."),
-            ("allow", "Nothing was found; the turn passes."),
-            ("flag", "The turn passes and is marked, for someone to look at."),
-            ("redirect", "Another reply is shown in place of the turn."),
-            ("block", "The turn is not shown."),
-            ("not allowed", "Flagged, redirected or blocked."),
-            ("category", "One thing that a policy looks for, such as hate."),
-            ("score", "How sure the model is that a turn belongs to a category, from 0 to 1."),
-            ("threshold", "From this score on the policy acts; it differs by category and role."),
-            ("rule", "Words or a pattern that a policy looks for in the text, without the model."),
-            ("degraded", "The model gave no answer, and the policy's setting for that case decided."),
-            ("shadow", "A policy on trial: it tells what it finds and allows everything."),
-            ("token", "A piece of a word, as the model reads it."),
+            ("turn", Quote("One message of a conversation: of the user, the agent, a tool, or the operator (system).")),
+            ("allow", Quote("Nothing was found; the turn passes.")),
+            ("flag", Quote("The turn passes and is marked, for someone to look at.")),
+            ("redirect", Quote("Another reply is shown in place of the turn.")),
+            ("block", Quote("The turn is not shown.")),
+            ("not allowed", Quote("Flagged, redirected or blocked.")),
+            ("category", Quote("One thing that a policy looks for, such as hate.")),
+            ("score", Quote("How sure the model is that a turn belongs to a category, from 0 to 1.")),
+            ("threshold", Quote("From this score on the policy acts; it differs by category and role.")),
+            ("rule", Quote("Words or a pattern that a policy looks for in the text, without the model.")),
+            ("degraded", Quote("The model gave no answer, and the policy's setting for that case decided.")),
+            ("shadow", Quote("A policy on trial: it tells what it finds and allows everything.")),
+            ("token", Quote("A piece of a word, as the model reads it.")),
         ],
-        as_cards=True,
     )
 
 

@@ -4,22 +4,30 @@ The colours of series are those of Okabe and Ito, which people tell apart howeve
 """
 
 STYLE = """
-:root { color-scheme: light dark; --paper: #fff; --ink: #1c2024; --soft: #5b6570; --line: #dfe3e8; --wash: #f5f7f9;
-  --accent: #0b6fb8; --band: rgba(11, 111, 184, .18); --flag: #d98c00; --redirect: #4aa3df; --block: #c44500;
-  --milder: #009e73; --note: #fff5dc; --noteline: #d98c00;
-  --seriesa: #0072b2; --seriesb: #e69f00; --seriesc: #009e73; --seriesd: #cc79a7; --seriese: #56b4e9; --seriesf:
-    #d55e00;
-  --seriesg: #8a939c; }
-@media screen and (prefers-color-scheme: dark) { :root { --paper: #14171a; --ink: #e6e9ec; --soft: #9aa4ae;
-  --line: #343b42;
-  --wash: #1d2226; --accent: #5ab4f0; --band: rgba(90, 180, 240, .25); --flag: #f0b23c; --redirect: #7cc4f2;
-    --block: #f07c3e;
-  --milder: #2fc59b; --note: #2e2716; --noteline: #f0b23c; --seriesa: #3d9fdc; --seriesc: #2fb98f; --seriesd: #d98fb8;
-  --seriesf: #ef7d35; --seriesg: #77818a; } }
+/* The page in the light */
+:root {
+  color-scheme: light dark;
+  --paper: #fff; --ink: #1c2024; --soft: #5b6570; --line: #dfe3e8; --wash: #f5f7f9;
+  --accent: #0b6fb8; --band: rgba(11, 111, 184, .18); --note: #fff5dc; --noteline: #d98c00;
+  --flag: #d98c00; --redirect: #4aa3df; --block: #c44500; --milder: #009e73;
+  --seriesa: #0072b2; --seriesb: #e69f00; --seriesc: #009e73; --seriesd: #cc79a7;
+  --seriese: #56b4e9; --seriesf: #d55e00; --seriesg: #8a939c;
+}
+/* and in the dark, but for paper */
+@media screen and (prefers-color-scheme: dark) {
+  :root {
+    --paper: #14171a; --ink: #e6e9ec; --soft: #9aa4ae; --line: #343b42; --wash: #1d2226;
+    --accent: #5ab4f0; --band: rgba(90, 180, 240, .25); --note: #2e2716; --noteline: #f0b23c;
+    --flag: #f0b23c; --redirect: #7cc4f2; --block: #f07c3e; --milder: #2fc59b;
+    --seriesa: #3d9fdc; --seriesc: #2fb98f; --seriesd: #d98fb8; --seriesf: #ef7d35; --seriesg: #77818a;
+  }
+}
 * { box-sizing: border-box; }
 html { scroll-behavior: smooth; -webkit-text-size-adjust: 100%; }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe
-  UI", Roboto, sans-serif; }
+body {
+  margin: 0; background: var(--paper); color: var(--ink);
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
+}
 main { max-width: 60rem; margin: 0 auto; padding: 1rem 1rem 4rem; }
 section, header { min-width: 0; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: .6rem 0 .2rem; }
@@ -43,10 +51,11 @@ nav a:hover, nav a:focus-visible { background: var(--wash); color: var(--ink); }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .38rem .6rem .38rem 0; border-bottom: 1px solid var(--line); vertical-align:
   top; font-weight: 400;
-  overflow-wrap: anywhere; min-width: 3rem; }
+  overflow-wrap: anywhere; min-width: 4rem; }
 thead th { color: var(--soft); font-size: .82rem; vertical-align: bottom; overflow-wrap: normal; }
 tbody th { min-width: 7rem; }
-.cards td { min-width: 7.2rem; }
+td.number { min-width: 3rem; }
+.cards td { min-width: 7.6rem; }
 .number { text-align: right; overflow-wrap: normal; }
 tbody .number { white-space: nowrap; }
 .share { min-width: 11rem; }
@@ -74,7 +83,7 @@ select { font: inherit; max-width: 100%; padding: .3rem; color: inherit; backgro
   table { font-size: .84rem; }
   .share { min-width: 6.6rem; }
   .share small { display: block; }
-  .cards .share { display: grid; }
+  .cards .number { white-space: normal; }
 }
 @media print {
   nav, .picker { display: none; }
@@ -88,8 +97,7 @@ select { font: inherit; max-width: 100%; padding: .3rem; color: inherit; backgro
 SCRIPT = """
 "use strict";
 const figures = document.getElementById("figures").textContent;
-const config = { displaylogo: false, displayModeBar: false, responsive: true, staticPlot: false, plotGlPixelRatio:
-  1 };
+const config = { displaylogo: false, displayModeBar: false, responsive: true };
 const picked = {};
 function draw(only) {
   const style = getComputedStyle(document.documentElement);
@@ -107,7 +115,8 @@ draw();
 for (const select of document.querySelectorAll("select")) {
   select.addEventListener("change", () => { picked[select.dataset.of] = +select.value; draw(select.dataset.of); });
 }
-for (const query of ["(prefers-color-scheme: dark)", "print"]) matchMedia(query).addEventListener("change", () =>
-  draw());
+for (const query of ["(prefers-color-scheme: dark)", "print"]) {
+  matchMedia(query).addEventListener("change", () => draw());
+}
 addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((each) => (each.open = true)));
 """

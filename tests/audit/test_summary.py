@@ -190,9 +190,9 @@ def test_flips(tmp_path: Path) -> None:
     assert flips is not None
     assert (flips.verdicts, flips.stricter, flips.milder) == (Share.make(2, 4), 1, 1)
     assert flips.matrix == ((1, 0, 0, 0), (1, 1, 0, 1), (0, 0, 0, 0), (0, 0, 0, 0))
-    assert [(flip.about, flip.role, flip.before, flip.after, flip.share, flip.ids) for flip in flips.flips] == [
-        ("", "agent", "flag", "allow", Share.make(1, 1), ("c2/0",)),
-        ("", "user", "flag", "block", Share.make(1, 3), ("c1/0",)),
+    assert [(flip.category, flip.role, flip.before, flip.after, flip.share, flip.ids) for flip in flips.flips] == [
+        (None, "agent", "flag", "allow", Share.make(1, 1), ("c2/0",)),
+        (None, "user", "flag", "block", Share.make(1, 3), ("c1/0",)),
         ("hate", "agent", "flag", "allow", Share.make(1, 1), ("c2/0",)),
         ("hate", "user", "flag", "block", Share.make(1, 3), ("c1/0",)),
         ("insults", "user", "allow", "flag", Share.make(1, 3), ("c1/0",)),
