@@ -295,9 +295,11 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     """Those that are whole: the last one may have been cut off."""
     try:
         text = path.read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
     except FileNotFoundError:
         return []
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    except (OSError, ValueError):
+        raise ConfigError(f"{path}: cannot be read") from None
 
 
 def _line(fields: Mapping[str, Any]) -> str:

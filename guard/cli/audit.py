@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 from guard.cli import options
 from guard.cli.audit_agree import agree
 from guard.cli.audit_progress import Shown, shown
-from guard.cli.audit_sample import sample
+from guard.cli.audit_sample import Out, sample
 from guard.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -50,6 +50,21 @@ app = typer.Typer(
 
 app.command()(sample)
 app.command()(agree)
+
+
+@app.command()
+def report(
+    out: Out,
+    with_text: Annotated[
+        bool, typer.Option("--with-text", help="Show the beginnings of texts, where the audit kept them.")
+    ] = False,
+) -> None:
+    """Write the report of an audit anew, also while it is not finished."""
+    with options.extra("a report", "audit"):
+        from guard.audit.report.write import write_report
+
+    write_report(out, text=with_text)
+    typer.echo(f"written: {', '.join(str(out / name) for name in ('report.html', 'report.md', 'summary.json'))}")
 
 
 @app.command()
@@ -115,7 +130,7 @@ def run(
         from guard.audit.output import is_complete, open_output
         from guard.audit.read import Logs, facts_of
         from guard.audit.read import sample as first_rows
-        from guard.audit.report import write_report
+        from guard.audit.report.write import write_report
         from guard.audit.rows import Limits
         from guard.audit.run import run as audit
         from guard.audit.shapes import detect
@@ -153,7 +168,7 @@ def run(
                 tell(now)
         totals = output.totals
     logs.forget()
-    write_report(out, text=with_text)
+    write_report(out)
     typer.echo(_told(totals, out))
     if totals.incomplete:
         raise typer.Exit(1)

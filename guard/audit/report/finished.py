@@ -1,7 +1,6 @@
 """What an audit has written so far, opened for questions in SQL."""
 
 import glob
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from guard.audit.output import REJECTS, is_complete, read_facts, read_manifest
 from guard.audit.schema import schema
 from guard.errors import ConfigError
 from guard.types import Action
@@ -32,11 +32,7 @@ class Finished:
     @classmethod
     def read(cls, folder: Path) -> "Finished":
         """Raises ConfigError where there is no audit, or a part of it is gone."""
-        facts = _facts(folder / "audit.json")
-        lines = _lines(folder / "manifest.jsonl")
-        finished = cls(
-            folder, facts, [line for line in lines if "end" in line], any(line.get("complete") for line in lines)
-        )
+        finished = cls(folder, read_facts(folder), read_manifest(folder), is_complete(folder))
         if gone := [part for part in finished.parts if not part.is_file()]:
             raise ConfigError(f"{gone[0]}: there is no such file, though the manifest names it")
         return finished
@@ -47,7 +43,7 @@ class Finished:
 
     @property
     def rejects(self) -> Path:
-        return self.folder / "rejects.jsonl"
+        return self.folder / REJECTS
 
     @property
     def policies(self) -> Mapping[str, Mapping[str, Any]]:
@@ -129,24 +125,3 @@ def _level_or_found(prefix: str, may_be_shadow: bool) -> str:
     if not may_be_shadow:
         return decided
     return f"greatest({decided}, coalesce(list_max([{level('v.action')} FOR v IN {prefix}violations]), 0))"
-
-
-def _facts(path: Path) -> dict[str, Any]:
-    try:
-        facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path.parent}: there is no audit, since there is no {path.name}") from None
-    except (OSError, ValueError):
-        raise ConfigError(f"{path}: cannot be read") from None
-    return facts
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """Those that are whole: the last one may have been cut off."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError):
-        raise ConfigError(f"{path}: cannot be read") from None

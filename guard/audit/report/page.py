@@ -5,9 +5,22 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from guard.audit.blocks import Block, Chart, Heat, Report, Section, Table, Value, Words, clean, is_number, percent, show
-from guard.audit.intervals import Share
-from guard.audit.style import SCRIPT, STYLE
+from guard.audit.report.blocks import (
+    Block,
+    Chart,
+    Heat,
+    Report,
+    Section,
+    Table,
+    Value,
+    Words,
+    clean,
+    is_number,
+    percent,
+    show,
+)
+from guard.audit.report.intervals import Share
+from guard.audit.report.style import SCRIPT, STYLE
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:"
 

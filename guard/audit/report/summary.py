@@ -5,12 +5,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from guard.audit import cases, flips, rates
-from guard.audit.cases import Case, Histogram
-from guard.audit.finished import Finished
-from guard.audit.flips import Flips
-from guard.audit.intervals import Share
-from guard.audit.rates import Cell, Found, Rate, Reason, Turns
+from guard.audit.report import cases, flips, rates
+from guard.audit.report.cases import Case, Histogram
+from guard.audit.report.finished import Finished
+from guard.audit.report.flips import Flips
+from guard.audit.report.intervals import Share
+from guard.audit.report.rates import Cell, Found, Rate, Reason, Turns
 
 FORMAT = 1
 

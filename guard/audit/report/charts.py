@@ -9,11 +9,11 @@ from typing import Any
 
 import plotly.graph_objects as go  # type: ignore[import-untyped]
 
-from guard.audit.blocks import plain
-from guard.audit.cases import BINS, Histogram
-from guard.audit.finished import LEVELS
-from guard.audit.flips import Flip
-from guard.audit.rates import Cell, Found, Rate
+from guard.audit.report.blocks import plain
+from guard.audit.report.cases import BINS, Histogram
+from guard.audit.report.finished import LEVELS
+from guard.audit.report.flips import Flip
+from guard.audit.report.rates import Cell, Found, Rate
 
 _PATTERNS = {"flag": "", "redirect": "x", "block": "/"}  # for those who do not tell the colours apart
 _SERIES = 6  # categories of their own in a chart over time, and one for the others

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from guard.audit.finished import LEVELS, level
-from guard.audit.intervals import Share
+from guard.audit.report.finished import LEVELS, level
+from guard.audit.report.intervals import Share
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection

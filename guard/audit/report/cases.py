@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from guard.audit.finished import LEVELS, Finished, parquet, quoted
+from guard.audit.report.finished import LEVELS, Finished, parquet, quoted
 from guard.types import Role
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from guard.audit.finished import LEVELS, Finished, level, quoted
-from guard.audit.intervals import Share
+from guard.audit.report.finished import LEVELS, Finished, level, quoted
+from guard.audit.report.intervals import Share
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guard.audit.cases import BINS
-from guard.audit.intervals import Share, wilson
-from guard.audit.summary import summarise
+from guard.audit.report.cases import BINS
+from guard.audit.report.intervals import Share, wilson
+from guard.audit.report.summary import summarise
 from guard.errors import ConfigError
-from tests.audit.outputs import PLAIN, Turn, audited, category, policy, rule, violation
+from tests.audit.report.outputs import PLAIN, Turn, audited, category, policy, rule, violation
 
 BAD = Turn(action="flag", violations=[violation()], scores={"S10": 0.6})
 

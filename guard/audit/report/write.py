@@ -4,9 +4,9 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from guard.audit.blocks import Report, Words, markdown, number, percent, plain
-from guard.audit.sections import sections
-from guard.audit.summary import Summary, summarise
+from guard.audit.report.blocks import Report, Words, markdown, number, percent, plain
+from guard.audit.report.sections import sections
+from guard.audit.report.summary import Summary, summarise
 from guard.errors import ConfigError
 
 _MOST_OFTEN = 3  # categories that the first sentences name
@@ -23,7 +23,7 @@ def write_report(out: Path, *, text: bool = False) -> Summary:
     `text` is whether beginnings of texts stand beside the cases, where the audit kept them. Raises ConfigError where
     there is no audit, or a file cannot be read or written.
     """
-    from guard.audit.page import page
+    from guard.audit.report.page import page
 
     summary = summarise(out, text=text)
     report = _report(summary, text)

@@ -3,14 +3,14 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from guard.audit import charts
-from guard.audit.blocks import Block, Chart, Heat, Quote, Section, Table, Value, Words, percent, plain
-from guard.audit.cases import Case, Histogram
-from guard.audit.finished import LEVELS
-from guard.audit.flips import Flips
-from guard.audit.intervals import Share
-from guard.audit.rates import Rate
-from guard.audit.summary import Summary
+from guard.audit.report import charts
+from guard.audit.report.blocks import Block, Chart, Heat, Quote, Section, Table, Value, Words, percent, plain
+from guard.audit.report.cases import Case, Histogram
+from guard.audit.report.finished import LEVELS
+from guard.audit.report.flips import Flips
+from guard.audit.report.intervals import Share
+from guard.audit.report.rates import Rate
+from guard.audit.report.summary import Summary
 from guard.types import HAZARDS, Role
 
 _FLIPS_SHOWN = 100

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from guard.audit.blocks import percent, plain
-from guard.audit.intervals import Share
-from guard.audit.report import write_report
+from guard.audit.report.blocks import percent, plain
+from guard.audit.report.intervals import Share
+from guard.audit.report.write import write_report
 from guard.errors import ConfigError
-from tests.audit.outputs import PLAIN, Turn, audited, category, policy, rule, violation
+from tests.audit.report.outputs import PLAIN, Turn, audited, category, policy, rule, violation
 
 HOSTILE = "<script>alert(1)</script>|</td>\n\"'&`*_[x](javascript:1)\u202e"
 BAD = Turn(action="flag", violations=[violation()], scores={"S10": 0.6})
