@@ -18,7 +18,7 @@ ARG TORCH_INDEX=
 COPY constraints.txt ./
 RUN /opt/guard/bin/pip install --constraint constraints.txt ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} "$TORCH"
 COPY . .
-RUN /opt/guard/bin/pip install --constraint constraints.txt '.[crypto,llama-guard,otel,sidecar]'
+RUN /opt/guard/bin/pip install --constraint constraints.txt '.[audit,crypto,llama-guard,otel,sidecar]'
 
 FROM python:3.11-slim-bookworm
 # OpenMP, for the kernels.

@@ -78,7 +78,7 @@ $(VENV)/.serve: $(SOURCES) | $(BIN)/python
 	touch $@
 
 $(VENV)/.dev: $(SOURCES) | $(BIN)/python
-	$(PIP) install --constraint constraints.txt $(TORCH) --editable '.[audit,crypto,dev,otel,train]'
+	$(PIP) install --constraint constraints.txt $(TORCH) --editable '.[audit,crypto,dev,otel,ray,train]'
 	touch $@ $(VENV)/.serve
 
 define generate

@@ -20,6 +20,7 @@ from guard.errors import ConfigError
 from guard.types import Role, Turn
 
 _MEMORY = "256MB"
+_MOST = 2**24  # characters of a conversation
 _BATCH = 1024  # rows that are written at once
 _SORTED = "sorted.parquet"
 _COLUMNS: list[tuple[str, pa.DataType]] = [
@@ -82,11 +83,15 @@ def gathered(folder: Path, start: int) -> Iterator[tuple[int, int, Record | Reje
     later = ((number, row) for number, row in numbered if number > start)
     for _, group in groupby(later, key=lambda one: one[1]["conversation"]):
         turns: list[dict[str, Any]] = []
-        after = start
+        after, size = start, 0
         for number, row in group:
             after = number
-            if len(turns) <= MAX_TURNS:
+            size += len(row["text"] or "")
+            if not turns or (len(turns) <= MAX_TURNS and size <= _MOST):
                 turns.append(row)
+        if size > _MOST:
+            yield after, total, Reject(Place(turns[0]["input"], turns[0]["row"]), f"has more than {_MOST:,} characters")
+            continue
         yield after, total, _record(turns[0], turns)
 
 

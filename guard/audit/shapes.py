@@ -133,13 +133,15 @@ class Shape:
                 said = _parsed(column, self._at(row, "turns"))
                 if not isinstance(said, list):
                     raise InputError(column, "should be a list")
-                return messages.turns([*map(self._message, said), *self._reply(row)], column) if said else ()
+                told, reply = list(map(self._message, said)), self._reply(row)
+                return messages.turns(told if told[-1:] == reply else [*told, *reply], column) if told else ()
             case "pairs":
                 system = self._said(row, "system", Role.SYSTEM)
                 asked = self._said(row, "prompt", Role.USER)
                 if asked and (context := self._word(row, "context")):
                     asked = (Turn(Role.USER, f"{asked[0].text}\n\n{context}"),)
-                return (*system, *asked, *self._said(row, "response", Role.AGENT))
+                answered = () if self._at(row, "response") == "" else self._said(row, "response", Role.AGENT)
+                return (*system, *asked, *answered)
             case _:
                 word = self._at(row, "role")
                 role = Role.USER if word is None and self.kind == "texts" else self._role(word)
@@ -256,12 +258,23 @@ def detect(
     one: Kind
     for one in KINDS:
         if kind in (None, one) and (columns := _columns(one, told, sample, there)) is not None:
-            return Shape(one, columns, words)
+            return _fitting(Shape(one, columns, words), sample)
     wanted = f"{kind} ({KINDS[cast('Kind', kind)]})" if kind else "a shape that is known"
     raise ConfigError(
         f"expected {wanted}, found the columns {', '.join(there) or '(none)'}; say where things are with "
         "--map FIELD=COLUMN, of the fields turns, id, role, text, prompt, response"
     )
+
+
+def _fitting(shape: Shape, sample: Sequence[Mapping[str, Any]]) -> Shape:
+    """Raises ConfigError where not even one of the rows is of that shape."""
+    found = [shape.record(Place("", 0), row) for row in sample]
+    rejects = [one for one in found if isinstance(one, Reject)]
+    if found and len(rejects) == len(found):
+        raise ConfigError(
+            f"none of the first {len(found)} rows can be read as {KINDS[shape.kind]}: {rejects[0].reason}"
+        )
+    return shape
 
 
 def _columns(

@@ -76,6 +76,23 @@ def test_the_shape_of_rows_is_found_out(name: str) -> None:
     assert record.id == "c"
 
 
+def test_a_reply_that_stands_among_the_messages_is_read_once() -> None:
+    """Some logs have it in both places."""
+    reply = {"role": "assistant", "content": "Ho!"}
+    row = {"messages": [{"role": "user", "content": "Hi!"}, reply], "response": reply}
+    record = detect([row]).record(PLACE, row)
+    assert isinstance(record, Record)
+    assert [turn.text for turn in record.turns] == ["Hi!", "Ho!"]
+
+
+def test_rows_none_of_which_can_be_read_are_an_error() -> None:
+    """Rather than that all of them are rejected, one by one."""
+    with pytest.raises(
+        ConfigError, match=r"none of the first 2 rows can be read as .*: messages\[0\]\.role: should be"
+    ):
+        detect([{"messages": [{"role": "caller", "content": "Hi!"}]}] * 2)
+
+
 def test_what_is_known_of_a_conversation_is_found_too() -> None:
     """Time, language, source, policy and metadata; without an id it is told by its place."""
     row = {
@@ -159,10 +176,11 @@ def test_a_row_that_does_not_fit_is_rejected(row: dict[str, Any], reason: str) -
     assert rejected.reason.startswith(reason)
 
 
-def test_a_prompt_without_a_response_is_judged_alone() -> None:
+@pytest.mark.parametrize("response", [None, ""])
+def test_a_prompt_without_a_response_is_judged_alone(response: str | None) -> None:
     """And one without either is rejected."""
     shape = detect([{"prompt": "Hi!", "response": "Ho!"}])
-    record = shape.record(PLACE, {"prompt": "Hi!", "response": None})
+    record = shape.record(PLACE, {"prompt": "Hi!", "response": response})
     assert isinstance(record, Record)
     assert record.turns == (Turn(U, "Hi!"),)
     assert isinstance(shape.record(PLACE, {"prompt": None}), Reject)
