@@ -1,9 +1,11 @@
 """The command line: one file a command, each of which imports what it needs when it is run.
 
 Exit codes   0  done; of checks: allowed or flagged
-             1  of checks: blocked or redirected; of tests of policies: some failed; of a replay: not as it was logged
+             1  of checks: blocked or redirected; of tests of policies: some failed; of a replay: not as it was logged;
+                of an audit: the rest of an input could not be read
              2  the request, a file or a setting is wrong
              3  no answer: the server is not there, is overloaded or is stopping, or the model failed
+           130  stopped by a signal
 """
 
 import sys

@@ -261,8 +261,16 @@ def _counted(inputs: "Sequence[Input]") -> str:
 
 def _told(totals: "Totals", out: Path) -> str:
     share = f" ({totals.refused / totals.turns:.2%})" if totals.turns else ""
-    bad = f"; {totals.rejected:,} rows rejected, see {out / 'rejects.jsonl'}" if totals.rejected else ""
-    lost = f"; of {totals.incomplete:,} inputs the rest could not be read" if totals.incomplete else ""
+    bad = (
+        f"; {totals.rejected:,} row{'s' * (totals.rejected != 1)} rejected, see {out / 'rejects.jsonl'}"
+        if totals.rejected
+        else ""
+    )
+    lost = (
+        f"; {totals.incomplete:,} input{'s' * (totals.incomplete != 1)} could not be read to the end"
+        if totals.incomplete
+        else ""
+    )
     return (
         f"{totals.conversations:,} conversations, {totals.turns:,} turns, {totals.refused:,} not allowed{share}{bad}"
         f"{lost}; report: {out / 'report.html'}"

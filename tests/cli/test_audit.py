@@ -60,7 +60,7 @@ async def test_logs_are_judged_in_one_command(model: Path, policy: Path, tmp_pat
     done = await guard(*command)
     assert done.code == 0
     assert done.out.startswith("20 conversations, 40 turns, ")
-    assert done.out.endswith(f"; 1 rows rejected, see {out}/rejects.jsonl; report: {out}/report.html\n")
+    assert done.out.endswith(f"; 1 row rejected, see {out}/rejects.jsonl; report: {out}/report.html\n")
     assert "a conversation a row, as a list of turns: turns from `messages`, id from `id`" in done.err
     assert len(rows(out)) == 40
     assert {row["policy"]["name"] for row in rows(out)} == {"ours"}
@@ -117,7 +117,7 @@ async def test_an_input_that_cannot_be_read_to_its_end_is_told(model: Path, poli
     source.write_bytes(source.read_bytes()[:-100])
     done = await guard("audit", source, "--out", tmp_path / "out", "--policy", policy, "--model", model)
     assert done.code == 1
-    assert "of 1 inputs the rest could not be read" in done.out
+    assert "; 1 input could not be read to the end" in done.out
     assert len(rows(tmp_path / "out")) > 1000
 
 
