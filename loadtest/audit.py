@@ -15,12 +15,14 @@ import gzip
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -137,9 +139,13 @@ def start(source: Path, out: Path, model: Path, *options: str) -> "subprocess.Po
 
 def audit(source: Path, out: Path, model: Path, *options: str) -> Audited:
     running = start(source, out, model, *options)
-    _, status, used = os.wait4(running.pid, 0)
-    assert status == 0, f"the audit ended with {status}"
-    return audited(out, used.ru_maxrss / 1024)
+    status, most = Path(f"/proc/{running.pid}/status"), 0
+    while running.poll() is None:  # getrusage would tell this process's own, from which it was forked
+        with suppress(OSError, TypeError):
+            most = max(most, int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]))  # type: ignore[index]
+        time.sleep(0.1)
+    assert running.returncode == 0, f"the audit ended with {running.returncode}"
+    return audited(out, most / 1024)
 
 
 def audited(out: Path, memory: float = 0.0) -> Audited:
