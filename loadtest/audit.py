@@ -248,7 +248,7 @@ def killed(rows: Rows, model: Path, folder: Path, times: int) -> None:
     out, chooser = folder / "killed", random.Random(times)
     for number in range(times):
         running = start(source, out, model)
-        time.sleep(8 + chooser.random() * whole.seconds * 3 / times)  # seconds, some of which it takes to load
+        time.sleep(chooser.uniform(8, 68))  # seconds, some of which it takes to load; every thirty something is written
         os.killpg(running.pid, signal.SIGKILL)
         running.wait()
         done = audited(out).conversations if out.exists() else 0

@@ -88,17 +88,19 @@ class Input:
             yield stream, lambda: min(1.0, raw.tell() / size) if size else None
 
 
-def find_inputs(arguments: Iterable[str], format: str | None = None) -> tuple[Input, ...]:
+def find_inputs(arguments: Iterable[str], format: str | None = None, out: Path | None = None) -> tuple[Input, ...]:
     """In the order of the arguments, and by name within a glob or a folder; a file that is named twice, once.
 
-    `format` is theirs whatever their endings say. Raises ConfigError for an argument that names nothing to read.
+    `format` is theirs whatever their endings say. What lies in the folder `out`, to which an audit writes, is passed
+    over. Raises ConfigError for an argument that names nothing to read.
     """
     if format is not None and format not in FORMATS:
         raise ConfigError(f"format: expected {', '.join(FORMATS)}, found '{format}'{did_you_mean(format, FORMATS)}")
     found: dict[str, Input] = {}
     for argument in arguments:
         for one in _found(argument, FORMATS[format] if format else None):
-            found.setdefault(one.path, one)
+            if out is None or not Path(one.path).is_relative_to(out.resolve()):
+                found.setdefault(one.path, one)
     return tuple(found.values())
 
 

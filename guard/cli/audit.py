@@ -137,7 +137,7 @@ def run(
     from guard.client import Tls
     from guard.settings import Settings
 
-    found = find_inputs(inputs, format)
+    found = find_inputs(inputs, format, out)
     limits = Limits(_known(encoding), max_row_bytes)
     logs = Logs(found, detect(first_rows(found, limits), shape, mapping or (), roles or ()), limits, out / "spool")
     typer.echo(f"{_counted(found)}; {logs.shape.described()}", err=True)

@@ -214,6 +214,7 @@ def test_inputs_are_files_globs_folders_and_urls(tmp_path: Path, monkeypatch: py
         ("-", "jsonl", None),
     ]
     assert [row.fields for row in rows(found[4], 0, LIMITS)] == [{}]
+    assert [each.url for each in find_inputs(["."], out=Path("logs"))] == ["b.jsonl"]
 
 
 @pytest.mark.parametrize(
