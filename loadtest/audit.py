@@ -2,7 +2,7 @@
 
     python -m loadtest.audit DATA --rows 2000            the embedded model: speed, and what the rest of an audit costs
     python -m loadtest.audit DATA --rows 200000 --blocks 1   only its first block: how memory goes with many rows
-    python -m loadtest.audit DATA --rows 600 --kill 10   kill -9 at random moments, and whether that changed anything
+    python -m loadtest.audit DATA --rows 3000 --kill 10  kill -9 at random moments, and whether that changed anything
     python -m loadtest.audit DATA --rows 600 --ray 1 2   on a Ray cluster of this machine, by so many workers
 
 DATA is a folder of gzipped JSON Lines with `turns`, see docs/data.md. Rows are drawn from all of it, always the same.
