@@ -51,6 +51,7 @@ class Cluster:
         self.schema, self.model, self._window = loaded
 
     def judged(self, source: Source, start: Position) -> Iterator[Judged]:
+        logging.getLogger("ray.data").setLevel(logging.ERROR)  # it tells every step of its own
         context = DataContext.get_current()
         context.target_max_block_size = _BLOCK
         context.execution_options.preserve_order = True

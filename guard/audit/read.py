@@ -38,10 +38,10 @@ class Logs:
     def is_spread(self) -> bool:
         return self.shape.kind == "rows"
 
-    def gather(self, told: Callable[[float | None], None] = lambda read: None) -> None:
+    def gather(self) -> None:
         """Where conversations are spread over rows, sorts them, which comes before all else. Raises ConfigError."""
         if self.is_spread:
-            group.gather(self._said(told), self.spool)
+            group.gather(self._said(), self.spool)
 
     def forget(self) -> None:
         """Takes away what was sorted, once it is read."""
@@ -71,9 +71,8 @@ class Logs:
         for after, total, item in group.gathered(self.spool, start.rows):
             yield _Read(item, Position(0, after), after / total)
 
-    def _said(self, told: Callable[[float | None], None]) -> Iterator[Said | Reject]:
-        for place, row, read in self._rows(Position()):
-            told(read)
+    def _said(self) -> Iterator[Said | Reject]:
+        for place, row, _ in self._rows(Position()):
             where = Place(self.inputs[place].url, row.number)
             yield Reject(where, row.problem, row.rest) if row.fields is None else self.shape.said(where, row.fields)
 

@@ -163,6 +163,8 @@ def run(
     }
     with _stoppable(out), open_output(out, facts, judging.schema) as output, shown(progress) as tell:
         if not is_complete(out):
+            if logs.is_spread:
+                typer.echo("sorting turns into conversations, which comes before all else", err=True)
             logs.gather()
             for now in audit(logs, judging, output, max_bad):
                 tell(now)

@@ -80,12 +80,12 @@ COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-@pytest.mark.parametrize("compression", COMPRESSIONS)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("form", "compression"),
+    [(form, each) for form in FORMS for each in COMPRESSIONS if form != "parquet" or not each],
+)
 def test_rows_are_the_same_in_every_form(form: str, compression: str, tmp_path: Path) -> None:
     """And from any row on: what is left then is what was left, with the same numbers."""
-    if form == "parquet" and compression:
-        pytest.skip("it is compressed within")
     path = tmp_path / f"rows.{form}{compression}"
     path.write_bytes(COMPRESSIONS[compression](FORMS[form]))
     found = read(path)
