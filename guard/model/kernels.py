@@ -71,6 +71,12 @@ class TorchKernels:
     """
 
     name: str = "torch"
+    most: int = 127  # that a row is rounded to, and the opposite
+
+    @property
+    def multiplies_integers(self) -> bool:
+        """Whether products of int8 are faster here than those of floating point."""
+        return False
 
     def linear(
         self, weight: Tensor, bias: Tensor | None, scales: Tensor | None = None, *, residual: bool = False
@@ -85,8 +91,8 @@ class TorchKernels:
             dtype = torch.float32 if residual else torch.bfloat16
             if _overflows():
                 whole = TorchKernels.linear(self, weight.float(), None)
-                return _whole_linear(whole, bias, scales, dtype, self.quantise)
-            return _integer_linear(weight, bias, scales, dtype, self.quantise)
+                return _whole_linear(whole, bias, scales, dtype, self)
+            return _integer_linear(weight, bias, scales, dtype, self)
         if not torch.backends.mkldnn.is_available() or (
             weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
         ):
@@ -99,18 +105,18 @@ class TorchKernels:
         return lambda x: product(x, packed, bias, "none", [], "")
 
     def quantise(self, x: Tensor) -> Scaled:
-        """Rows as integers of -127..127, each 128 higher, as uint8; a row of zeros stays one."""
+        """Rows as integers of -most..most, each `most` higher, as uint8; a row of zeros stays one."""
         largest = x.abs().amax(1).float()
-        inverse = torch.where(largest > 0, 127 / largest, 0.0)
-        return Scaled(((x * inverse[:, None]).round() + 128).to(torch.uint8), largest / 127)
+        inverse = torch.where(largest > 0, self.most / largest, 0.0)
+        return Scaled(((x * inverse[:, None]).round() + self.most).to(torch.uint8), largest / self.most)
 
     def bucket(self, tokens: int) -> int:
         """The rows that `tokens` are padded to, so that the same shapes are met again."""
         step = 16 if tokens <= 256 else 1 << ((tokens - 1).bit_length() - 4)  # at most an eighth is padding
         return -(-tokens // step) * step
 
-    def room(self, needed: Room) -> Room:
-        """What a pass is padded to."""
+    def room(self, needed: Room, dtype: torch.dtype) -> Room:
+        """What a pass in `dtype` is padded to."""
         return needed._replace(
             tokens=self.bucket(needed.tokens),
             sequences=self.bucket(needed.sequences + 1) - 1,  # there is one bound more
@@ -272,20 +278,20 @@ def _overflows() -> bool:
 
 
 def _whole_linear(
-    product: Linear, bias: Tensor | None, scales: Tensor, dtype: torch.dtype, quantise: Callable[[Tensor], Scaled]
+    product: Linear, bias: Tensor | None, scales: Tensor, dtype: torch.dtype, kernels: TorchKernels
 ) -> Linear:
     """What `_integer_linear` gives, by a product of float32, which is exact as long as sums stay below 2^24."""
 
     def linear(x: Rows) -> Rows:
-        x = quantise(x) if isinstance(x, Tensor) else x
-        y = _floats(product(x.values.float() - 128)) * scales
+        x = kernels.quantise(x) if isinstance(x, Tensor) else x
+        y = _floats(product(x.values.float() - kernels.most)) * scales
         return _biased(Scaled(y.to(dtype), x.scales), bias)
 
     return linear
 
 
 def _integer_linear(
-    weight: Tensor, bias: Tensor | None, scales: Tensor, dtype: torch.dtype, quantise: Callable[[Tensor], Scaled]
+    weight: Tensor, bias: Tensor | None, scales: Tensor, dtype: torch.dtype, kernels: TorchKernels
 ) -> Linear:
     """oneDNN's product of uint8 rows with int8 weights, accumulated in int32: rows of `dtype`, still to be scaled."""
     packed = torch.ops.onednn.qlinear_prepack(weight, None)
@@ -293,8 +299,8 @@ def _integer_linear(
     zeros = torch.zeros_like(scales, dtype=torch.int32)
 
     def linear(x: Rows) -> Rows:
-        x = quantise(x) if isinstance(x, Tensor) else x
-        y = product(x.values, 1.0, 128, packed, scales, zeros, None, 1.0, 0, dtype, "none", [], "")
+        x = kernels.quantise(x) if isinstance(x, Tensor) else x
+        y = product(x.values, 1.0, kernels.most, packed, scales, zeros, None, 1.0, 0, dtype, "none", [], "")
         return _biased(Scaled(y, x.scales), bias)
 
     return linear
@@ -315,8 +321,8 @@ class CudaKernels(TorchKernels):
         weight, bias = weight.double(), None if bias is None else bias.double()
         return lambda x: F.linear(_floats(x).double(), weight, bias).float()
 
-    def room(self, needed: Room) -> Room:
-        return fitting(needed) or super().room(needed)
+    def room(self, needed: Room, dtype: torch.dtype) -> Room:
+        return fitting(needed) or super().room(needed, dtype)
 
     def paging(self, pool: Tensor, tables: Sequence[Tensor], bounds: Tensor, room: Room) -> Paging:
         paging = super().paging(pool, tables, bounds, room)
@@ -364,6 +370,9 @@ class NativeKernels(TorchKernels):
     def __init__(self, library: str, name: str) -> None:
         self.name = name
         self._library = ctypes.CDLL(library)
+        self._has_products = hasattr(self._library, "guard_linear_f32")
+        self._rows = self._library.guard_tile_rows()
+        self.most = self._library.guard_most()
 
     @classmethod
     def find(cls) -> "NativeKernels | None":
@@ -378,23 +387,37 @@ class NativeKernels(TorchKernels):
                     return kernels
         return None
 
+    @property
+    def multiplies_integers(self) -> bool:
+        return self._has_products or torch.cpu.get_capabilities().get("avx512_vnni", False)
+
+    def room(self, needed: Room, dtype: torch.dtype) -> Room:
+        room = super().room(needed, dtype)
+        # The library makes nothing ready for a shape, as oneDNN does.
+        is_exact = dtype == torch.int8 and self._has_products and self._rows == 1
+        return room._replace(tokens=needed.tokens) if is_exact else room
+
     def _call(self, function: str, dtype: torch.dtype, *arguments: Tensor | int | float | None) -> None:
         getattr(self._library, f"guard_{function}_{_SUFFIXES[dtype]}")(*map(_as_c, arguments))
 
     def linear(
         self, weight: Tensor, bias: Tensor | None, scales: Tensor | None = None, *, residual: bool = False
     ) -> Linear:
-        """The library's own product where it has one: of few rows, oneDNN's takes half as long again."""
+        """The library's own product where it has one.
+
+        On AMX oneDNN's takes half as long again for few rows; before VNNI it has none that is right.
+        """
         cols, depth = weight.shape
-        if scales is None or depth % 64 or cols % 32 or not hasattr(self._library, "guard_linear_f32"):
+        if scales is None or depth % 64 or cols % 32 or not self._has_products:
             return super().linear(weight, bias, scales, residual=residual)
-        excess = 128 * weight.sum(1, dtype=torch.int32)
+        weight, scales = _narrowed(weight, scales, self._library.guard_most_pair())
+        excess = self.most * weight.sum(1, dtype=torch.int32)
         tiles = weight.view(cols // 16, 16, depth // 64, 16, 4).permute(0, 2, 3, 1, 4).contiguous()
         dtype = torch.float32 if residual else torch.bfloat16
 
         def product(x: Rows) -> Rows:
             x = self.quantise(x) if isinstance(x, Tensor) else x
-            assert len(x.values) % 16 == 0, "rows are padded to whole tiles; see `bucket`"
+            assert len(x.values) % self._rows == 0, "rows are padded to whole tiles; see `bucket`"
             y = torch.empty(len(x.values), cols, dtype=dtype)
             self._call("linear", dtype, x.values, tiles, excess, scales, y, len(y), depth, cols)
             return _biased(Scaled(y, x.scales), bias)
@@ -457,6 +480,22 @@ class NativeKernels(TorchKernels):
         out = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
         self._call("silu_mul", gate_up.dtype, gate_up, out, *out.shape)
         return out
+
+
+def _narrowed(weight: Tensor, scales: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """int8 [out, in] and its scales, such that no two neighbours of a row come to more than `most` or less than -most.
+
+    Those that do are lowered. Where that costs a row more than rounding did, it is rounded again instead, by a larger
+    scale.
+    """
+    pairs = weight.float().unflatten(1, (-1, 2))
+    sums = pairs.sum(2)
+    above = (sums.abs() - most).clamp_min(0)
+    share = torch.stack([(above / 2).ceil(), (above / 2).floor()], 2)
+    lowered = pairs - sums.sign().unsqueeze(2) * share
+    factor = torch.where(share.square().mean((1, 2)) > 1 / 12, sums.abs().amax(1) / (most - 1), 0).clamp_min(1)
+    narrowed = torch.where(factor[:, None, None] > 1, (pairs / factor[:, None, None]).round(), lowered)
+    return narrowed.flatten(1).to(weight.dtype), scales * factor
 
 
 def _integers(rows: int, width: int) -> Scaled:

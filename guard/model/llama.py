@@ -182,7 +182,7 @@ class Llama:
             longest=max(lengths, default=0),
             held=sum(starts) if is_paged else None,
         )
-        room = self._kernels.room(needed)
+        room = self._kernels.room(needed, self.dtype)
         inputs = _packed(sequences, reads, prefixes, room)
         replay = self._recorded.get(room)
         out = replay(inputs) if replay else self._blocks(inputs.to(self.device), room)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from guard.errors import CheckpointError
-from guard.model.kernels import NativeKernels, TorchKernels, fastest
+from guard.model.kernels import TorchKernels, fastest
 
 
 class Placement(NamedTuple):
@@ -40,8 +40,8 @@ def _pick_device(name: str) -> torch.device:
 def _pick_dtype(name: str, device: torch.device, kernels: TorchKernels, *, int8: bool) -> torch.dtype:
     """The fastest type that changes no verdicts to speak of.
 
-    Products of int8 are fast on CPUs that multiply bytes, between native kernels. Next comes bfloat16 where products
-    of it are fast: CUDA, and CPUs with AMX. Elsewhere float32 is up to twice as fast.
+    Products of int8 are, on CPUs, between native kernels. Next comes bfloat16 where products of it are fast: CUDA, and
+    CPUs with AMX. Elsewhere float32 is up to twice as fast.
     """
     if device.type == "cuda" and name not in ("auto", "bfloat16"):  # its attention is of 16 bits
         raise CheckpointError(f"dtype {name} cannot be used on {device}")
@@ -49,7 +49,6 @@ def _pick_dtype(name: str, device: torch.device, kernels: TorchKernels, *, int8:
         return {"bfloat16": torch.bfloat16, "float32": torch.float32, "int8": torch.int8}[name]
     if device.type == "cuda":
         return torch.bfloat16
-    processor = torch.cpu.get_capabilities()
-    if int8 and isinstance(kernels, NativeKernels) and processor.get("avx512_vnni"):
+    if int8 and kernels.multiplies_integers:
         return torch.int8
-    return torch.bfloat16 if processor.get("amx_bf16") else torch.float32
+    return torch.bfloat16 if torch.cpu.get_capabilities().get("amx_bf16") else torch.float32

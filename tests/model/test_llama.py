@@ -16,7 +16,7 @@ from torch import Tensor
 
 from guard.errors import CheckpointError
 from guard.model.checkpoint import as_integers, load_tensors, read_checkpoint
-from guard.model.kernels import CudaKernels, NativeKernels, TorchKernels, span_of, turned
+from guard.model.kernels import CudaKernels, NativeKernels, Scaled, TorchKernels, span_of, turned
 from guard.model.llama import Llama, LlamaConfig
 from guard.settings import Settings
 from guard.types import PAGE, Prefix
@@ -45,6 +45,14 @@ class CudaShapes(CudaKernels):
 FORMS: dict[str, TorchKernels] = {"torch": TorchKernels(), "packed": CudaShapes()}
 if native := NativeKernels.find():
     FORMS["native"] = native
+
+INTEGER_FORMS = [form for form in FORMS if form != "packed"]  # which are the CPU's
+TYPED_FORMS = [
+    (form, dtype)
+    for form in FORMS
+    for dtype in (torch.float32, torch.bfloat16, torch.int8)
+    if dtype != torch.int8 or form in INTEGER_FORMS
+]
 
 # Every length that a block of attention or a bucket of rows begins or ends at, and some between.
 LENGTHS = (1, 2, 15, 16, 17, 63, 64, 65, 130)
@@ -158,8 +166,7 @@ def test_the_embedded_model_does_not_depend_on_the_batch(lengths: list[int], ran
     hold_batch_invariance(packed("embedded", next(reversed(FORMS))), lengths, random)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+@pytest.mark.parametrize(("form", "dtype"), TYPED_FORMS, ids=str)
 @settings(deadline=None, max_examples=20)
 @batches
 def test_no_form_depends_on_the_batch(form: str, dtype: torch.dtype, lengths: list[int], random: Random) -> None:
@@ -194,8 +201,9 @@ def test_a_position_reads_the_same_whatever_follows(form: str) -> None:
         torch.testing.assert_close(row, ending, rtol=0, atol=0 if form == "native" else 1e-4)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
+@pytest.mark.parametrize(
+    ("form", "dtype"), [(form, dtype) for form, dtype in TYPED_FORMS if dtype != torch.bfloat16], ids=str
+)
 @settings(deadline=None, max_examples=20)
 @given(
     cuts=st.lists(st.integers(1, 199), max_size=6, unique=True).map(sorted),
@@ -246,7 +254,7 @@ def test_forms_agree() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama3", "biased"])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", INTEGER_FORMS)
 def test_int8_differs_from_float32_by_rounding_alone(name: str, form: str) -> None:
     """Products of int8, with a scale for each row on either side, keep hidden states within a few per cent."""
     sequences = [random_ids(length, seed=length) for length in LENGTHS]
@@ -276,9 +284,28 @@ def test_rows_are_rounded_to_the_nearest_integer_of_their_own_scale(rows: list[l
     for kernels in FORMS.values():
         integers, scales = kernels.quantise(x)
         assert integers.dtype == torch.uint8
-        back = (integers.float() - 128) * scales[:, None]
+        back = (integers.float() - kernels.most) * scales[:, None]
         assert torch.all((back - x).abs() <= scales[:, None] * 0.5001)
-        torch.testing.assert_close(scales, x.abs().amax(1) / 127)
+        torch.testing.assert_close(scales, x.abs().amax(1) / kernels.most)
+
+
+@pytest.mark.parametrize("form", INTEGER_FORMS)
+@settings(deadline=None)
+@given(kind=st.sampled_from(["normal", "alike", "few"]), sign=st.sampled_from([-1, 1]), seed=st.integers(0, 99))
+def test_no_product_of_integers_overflows(form: str, kind: str, sign: int, seed: int) -> None:
+    """Whatever weights there are: as large as each other, or few; and activations as large as they come."""
+    torch.manual_seed(seed)
+    weight = {
+        "normal": torch.randn(32, 128),
+        "alike": sign * torch.ones(32, 128),
+        "few": sign * torch.ones(32, 128) * (torch.rand(32, 128) < 0.1),
+    }[kind]
+    x = torch.cat([torch.randn(5, 128), torch.ones(1, 128), -torch.ones(1, 128)])
+    stored = as_integers({"w": weight})
+    product = FORMS[form].linear(stored["w"], None, stored["w_scale"], residual=True)(x)
+    assert isinstance(product, Scaled)
+    found, exact = product.values * product.scales[:, None], x @ weight.T
+    assert (found - exact).norm() <= 0.03 * exact.norm()
 
 
 def test_what_is_no_llama_is_refused() -> None:

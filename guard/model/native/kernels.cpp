@@ -1,5 +1,6 @@
 // What a packed Llama forward does between its matrix products, fused: residual + RMS norm, RoPE, SwiGLU's product,
-// and causal grouped-query attention over many sequences that stand in one row; and products of integers on AMX.
+// and causal grouped-query attention over many sequences that stand in one row; and products of integers, on AMX and on
+// processors without VNNI.
 //
 // A plain C interface over caller-owned buffers; loaded with ctypes by guard/model/kernels.py. Every output element is
 // computed in float32 in an order that depends on its own row alone (attention: keys in blocks at fixed positions), so
@@ -10,10 +11,11 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 #if defined(__AMX_BF16__)
@@ -32,6 +34,15 @@ constexpr int kPanel = 2;    // 2 * 6 accumulators + 3 operands of 16 registers
 #endif
 constexpr int kRows = 6;     // rows in a tile
 constexpr int kBlock = 64;   // keys, and query positions, in a block of attention
+
+// Activations are rounded to -kMost..kMost. Without VNNI, two products of bytes are added in 16 bits: activations, which
+// stand there as 0..2 * kMost, times two weights of one sign that come to at most kMostPair. So no sum is cut off,
+// and of the weights only the largest: at 80, with those of a normal distribution, 2 pairs in 10,000.
+#if defined(__AVX512F__)
+constexpr int kMost = 127, kMostPair = 254;
+#else
+constexpr int kMost = 80, kMostPair = 32767 / (2 * kMost);
+#endif
 
 struct bf16 { uint16_t bits; };
 
@@ -129,16 +140,16 @@ inline void product(const float* a, int lda, const float* b, int ldb, float* c, 
   }
 }
 
-// A row as integers of 1..255 that stand for -127..127, which is what VNNI multiplies with int8 weights; returns what
-// -127..127 are to be multiplied by. A row of zeros stays one.
+// A row as integers of -kMost..kMost, each kMost higher, which is what processors multiply with int8 weights; returns
+// what the integers are to be multiplied by. A row of zeros stays one.
 inline float quantise(const float* row, uint8_t* out, int64_t cols) {
   float largest = 0;
 #pragma omp simd reduction(max : largest)
   for (int64_t j = 0; j < cols; ++j) largest = std::max(largest, std::fabs(row[j]));
-  const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
+  const float inverse = largest > 0 ? kMost / largest : 0.0f;
 #pragma omp simd
-  for (int64_t j = 0; j < cols; ++j) out[j] = static_cast<uint8_t>(static_cast<int32_t>(std::nearbyint(row[j] * inverse)) + 128);
-  return largest / 127.0f;
+  for (int64_t j = 0; j < cols; ++j) out[j] = static_cast<uint8_t>(static_cast<int32_t>(std::nearbyint(row[j] * inverse)) + kMost);
+  return largest / kMost;
 }
 
 template <typename T>
@@ -443,8 +454,8 @@ inline void put(bf16* to, __m512 x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(x));
 }
 
-// Rows of x [rows, depth], each number 128 too high, times weight: tiles [cols / 16, depth / 64] of 16 quadruples of
-// inputs for each of 16 columns. `excess` is what the 128 come to in each column; `scales` are the columns' too. Rows
+// Rows of x [rows, depth], each number kMost too high, times weight: tiles [cols / 16, depth / 64] of 16 quadruples of
+// inputs for each of 16 columns. `excess` is what that comes to in each column; `scales` are the columns' too. Rows
 // are whole tiles, columns pairs of them.
 template <typename T>
 void linear(const uint8_t* x, const int8_t* weight, const int32_t* excess, const float* scales, T* out, int64_t rows,
@@ -671,6 +682,73 @@ struct Tiles {};
 
 #endif
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+
+constexpr int kColumns = 2 * kLanes;
+
+typedef int32_t __attribute__((may_alias)) quadruple;
+
+inline void put(float* to, __m256 x) { _mm256_storeu_ps(to, x); }
+inline void put(bf16* to, __m256 x) {  // as `store` does
+  const __m256i bits = _mm256_castps_si256(x);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i up = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd), 16);
+  const __m128i both = _mm_packus_epi32(_mm256_castsi256_si128(up), _mm256_extracti128_si256(up, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), both);
+}
+
+// R rows of x [rows, depth] times kColumns columns, into `out` [rows, cols].
+template <int R, typename T>
+inline void multiply(const uint8_t* x, int64_t depth, const int8_t* weight, const int32_t* excess, const float* scales,
+                     T* out, int64_t cols) {
+  __m256i sum[R][2] = {};
+  const __m256i one = _mm256_set1_epi16(1);
+  const quadruple* row = reinterpret_cast<const quadruple*>(x);
+  const __m256i* column = reinterpret_cast<const __m256i*>(weight);
+  for (int64_t d = 0; d < depth / 4; ++d, column += 2) {
+    const __m256i left = _mm256_loadu_si256(column), right = _mm256_loadu_si256(column + 1);
+#pragma GCC unroll 8  // or the sums would live in memory
+    for (int r = 0; r < R; ++r) {
+      const __m256i four = _mm256_set1_epi32(row[r * (depth / 4) + d]);
+      sum[r][0] = _mm256_add_epi32(sum[r][0], _mm256_madd_epi16(_mm256_maddubs_epi16(four, left), one));
+      sum[r][1] = _mm256_add_epi32(sum[r][1], _mm256_madd_epi16(_mm256_maddubs_epi16(four, right), one));
+      // A row after the other: for all products before all sums there are too few registers.
+      asm volatile("" : "+x"(sum[r][0]), "+x"(sum[r][1]));
+    }
+  }
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; ++half) {
+    const __m256i less = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(excess) + half);
+    const __m256 by = _mm256_loadu_ps(scales + half * kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+      put(out + r * cols + half * kLanes, _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(sum[r][half], less)), by));
+  }
+}
+
+// The same as on tiles, for any number of rows, and columns by the 16.
+template <typename T>
+void linear(const uint8_t* x, const int8_t* weight, const int32_t* excess, const float* scales, T* out, int64_t rows,
+            int64_t depth, int64_t cols) {
+#pragma omp parallel for schedule(static)
+  for (int64_t j = 0; j < cols; j += kColumns) {
+    const auto some = [&](auto count, int64_t i) {
+      multiply<count>(x + i * depth, depth, weight + j * depth, excess + j, scales + j, out + i * cols + j, cols);
+    };
+    int64_t i = 0;
+    for (; i + kRows <= rows; i += kRows) some(std::integral_constant<int, kRows>(), i);
+    switch (rows - i) {
+      case 1: some(std::integral_constant<int, 1>(), i); break;
+      case 2: some(std::integral_constant<int, 2>(), i); break;
+      case 3: some(std::integral_constant<int, 3>(), i); break;
+      case 4: some(std::integral_constant<int, 4>(), i); break;
+      case 5: some(std::integral_constant<int, 5>(), i); break;
+    }
+  }
+}
+
+#endif
+
 // bounds [sequences + 1]: of sequence s, rows bounds[s]:bounds[s + 1] of qkv [rows, (heads + 2 * kv_heads) * dim] are
 // the tokens to be computed; where paging.held is null, they are all that there are.
 template <typename T>
@@ -767,7 +845,7 @@ void guard_quantise_bf16(const bf16* x, uint8_t* out, float* scales, int64_t row
   quantise_rows(x, out, scales, rows, cols);
 }
 
-#if defined(__AMX_INT8__)
+#if defined(__AMX_INT8__) || !defined(__AVX512F__)
 void guard_linear_f32(const uint8_t* x, const int8_t* weight, const int32_t* excess, const float* scales, float* out,
                       int64_t rows, int64_t depth, int64_t cols) {
   linear(x, weight, excess, scales, out, rows, depth, cols);
@@ -777,6 +855,18 @@ void guard_linear_bf16(const uint8_t* x, const int8_t* weight, const int32_t* ex
   linear(x, weight, excess, scales, out, rows, depth, cols);
 }
 #endif
+
+int guard_most() { return kMost; }
+int guard_most_pair() { return kMostPair; }
+
+// What the rows of a product of integers come by.
+int guard_tile_rows() {
+#if defined(__AMX_INT8__)
+  return kTile;
+#else
+  return 1;
+#endif
+}
 
 // Whether the processor and the system let this process use what the library was built for; before anything else.
 bool guard_usable() {
