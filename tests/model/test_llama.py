@@ -167,7 +167,7 @@ def test_the_embedded_model_does_not_depend_on_the_batch(lengths: list[int], ran
 
 
 @pytest.mark.parametrize(("form", "dtype"), TYPED_FORMS, ids=str)
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=12)
 @batches
 def test_no_form_depends_on_the_batch(form: str, dtype: torch.dtype, lengths: list[int], random: Random) -> None:
     """So it is in torch alone and with native kernels, in float32, bfloat16 and int8.
@@ -204,7 +204,7 @@ def test_a_position_reads_the_same_whatever_follows(form: str) -> None:
 @pytest.mark.parametrize(
     ("form", "dtype"), [(form, dtype) for form, dtype in TYPED_FORMS if dtype != torch.bfloat16], ids=str
 )
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=12)
 @given(
     cuts=st.lists(st.integers(1, 199), max_size=6, unique=True).map(sorted),
     paged=st.integers(0, 4),
