@@ -393,9 +393,9 @@ class NativeKernels(TorchKernels):
 
     def room(self, needed: Room, dtype: torch.dtype) -> Room:
         room = super().room(needed, dtype)
-        # The library makes nothing ready for a shape, as oneDNN does.
-        is_exact = dtype == torch.int8 and self._has_products and self._rows == 1
-        return room._replace(tokens=needed.tokens) if is_exact else room
+        # Products that take any number of rows, and make nothing ready for it as oneDNN does, need no padding.
+        takes_any = dtype == torch.int8 and self._has_products and self._rows == 1
+        return room._replace(tokens=needed.tokens) if takes_any else room
 
     def _call(self, function: str, dtype: torch.dtype, *arguments: Tensor | int | float | None) -> None:
         getattr(self._library, f"guard_{function}_{_SUFFIXES[dtype]}")(*map(_as_c, arguments))

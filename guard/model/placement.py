@@ -40,8 +40,8 @@ def _pick_device(name: str) -> torch.device:
 def _pick_dtype(name: str, device: torch.device, kernels: TorchKernels, *, int8: bool) -> torch.dtype:
     """The fastest type that changes no verdicts to speak of.
 
-    Products of int8 are, on CPUs, between native kernels. Next comes bfloat16 where products of it are fast: CUDA, and
-    CPUs with AMX. Elsewhere float32 is up to twice as fast.
+    On CPUs that is int8 where the kernels multiply integers. Next comes bfloat16 where products of it are fast: CUDA,
+    and CPUs with AMX. Elsewhere float32 is up to twice as fast.
     """
     if device.type == "cuda" and name not in ("auto", "bfloat16"):  # its attention is of 16 bits
         raise CheckpointError(f"dtype {name} cannot be used on {device}")
