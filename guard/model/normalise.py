@@ -4,11 +4,12 @@ Sources: UAX #15 (NFKC; once TR15), UTR #36 and UTS #39 with its confusables.txt
 UTS #51 (emoji and their tags), DerivedCoreProperties.txt (Default_Ignorable_Code_Point).
 """
 
-import codecs
 import re
 import unicodedata
 from base64 import b64decode
 from typing import Final
+
+from guard.model.rot13 import undo_rot13
 
 # Latin letters in other dress that NFKC leaves as they are: small capitals, and white letters in black discs and boxes.
 _DRESSED: Final = str.maketrans(
@@ -27,9 +28,12 @@ _LATIN_LOOKING: Final = re.compile(rf"(?<!\w)[0-9A-Z_a-zÀ-ɏ\u0300-\u036fḀ-�
 _OTHER_SCRIPT: Final = re.compile(rf"(?![{_TWINS}])[Ͱ-ԯԱ-ֈᎠ-ᏽ]")
 
 # A flag such as Scotland's is a black one, tags that spell a subdivision, and the tag that ends it.
-_TAGS: Final = re.compile(
-    "(\U0001f3f4[\U000e0030-\U000e0039\U000e0061-\U000e007a]{3,6}\U000e007f)|([\U000e0020-\U000e007e])"
-)
+_TAG: Final = "[\U000e0020-\U000e007e]"
+_FLAG: Final = "\U0001f3f4[\U000e0030-\U000e0039\U000e0061-\U000e007a]{3,6}\U000e007f"
+_TAGS: Final = re.compile(f"({_FLAG})|{_TAG}+")
+# What Latin text has beside ASCII, and so stands there for everyone to see among the tags.
+_AMONG_TAGS: Final = "[\nÀ-ɏ\u2010-\u2027\u0300-\u036f]"
+_HIDDEN: Final = re.compile(f"{_FLAG}|({_TAG}(?:{_AMONG_TAGS}*{_TAG})*+(?:(?!\n){_AMONG_TAGS})*)")
 _TAGGED: Final = {0xE0000 + ascii: ascii for ascii in range(0x20, 0x7F)}
 
 _INVISIBLE: Final = (
@@ -40,23 +44,17 @@ _INVISIBLE: Final = (
 _JOINS_NOTHING: Final = "\0-\u00ac\u00ae-\u034e\u0350-\u058f\u1d00-\u1fff\u2010-\u2029\u202f-\u205f"
 _SPLITTERS: Final = re.compile(f"(?<![^{_JOINS_NOTHING}])[{_INVISIBLE}]++(?![^{_JOINS_NOTHING}])")
 
-_SINGLE: Final = r"(?:[0-9A-Za-zÀ-ɏͰ-ԯ][\u0300-\u036f]*+(?![^\W_])|['’?!,;:])"
-_GAP: Final = rf"(?!(?P=apart){_SINGLE})(?:\s++|(?P=apart)++)"
+_ALONE: Final = r"[0-9A-Za-zÀ-ɏͰ-ԯ][\u0300-\u036f]*+(?![^\W_])"
+_FIRST: Final = rf"(?:{_ALONE}|[^\w\s])"
+_NEXT: Final = rf"(?:{_ALONE}|(?!(?P=apart)[^\W_])[^\w\s])"
+_GAP: Final = rf"(?!(?P=apart){_NEXT})(?:\s++|(?P=apart)++)"
 _SPACED: Final = re.compile(
-    rf"(?<![^\W_])(?:{_SINGLE}\s\s++)?+{_SINGLE}(?P<apart>[ ._-]){_SINGLE}(?:(?P=apart){_SINGLE})*+"
-    rf"(?:{_GAP}(?:{_SINGLE}{_GAP})?+{_SINGLE}(?:(?P=apart){_SINGLE})++)*+(?:{_GAP}{_SINGLE})?+"
+    rf"(?<![^\W_])(?:{_FIRST}\s\s++)?+{_FIRST}(?P<apart>[ ._-]){_NEXT}(?:(?P=apart){_NEXT})*+"
+    rf"(?:{_GAP}(?:{_NEXT}{_GAP})?+{_NEXT}(?:(?P=apart){_NEXT})++)*+(?:{_GAP}{_NEXT})?+"
 )
-_BETWEEN: Final = re.compile(r"[\s._-]+")
 
-_BASE64: Final = re.compile(r"(?<![\w+/=-])[0-9A-Za-z+/_-]{16,}+={0,2}(?![\w+/=-])")
+_BASE64: Final = re.compile(r"(?<![\w+/=-])(?:[0-9A-Za-z+/_-]{16,}+={0,2}|[0-9A-Za-z+/_-]{6,}+={1,2})(?![\w+/=-])")
 _URL_SAFE: Final = str.maketrans("-_", "+/")
-# None of them is turned into a word that other languages are full of, as `in` is into `va`.
-_COMMON_WORDS: Final = (
-    "the and to of for is it that this you your me my how what why who can do make give with from are have not write"
-)
-_COMMON: Final = frozenset(_COMMON_WORDS.split())
-_LETTERS: Final = re.compile("[A-Za-z]+")
-
 # A figure one is an l at the end of a word and beside another one, otherwise an i.
 _LS: Final = re.compile(r"1(?=1)|(?<=1)1|(?<=[^\W_])1(?![^\W_])")
 _LEET: Final = str.maketrans("013457@$", "oieastas")
@@ -77,15 +75,16 @@ def normalise(text: str) -> str:
     """The text without disguises; idempotent.
 
     - NFKC, and Latin letters of other dress as plain ones.
-    - What tag characters (U+E0020 to U+E007E) spell is read, on a line after the visible text; flags stay.
+    - What tag characters (U+E0020 to U+E007E) spell is read, on a line after the visible text, and with what Latin text
+      has beside ASCII where that stands among them; flags stay.
     - Invisible characters go, unless they stand beside a letter or symbol that may need them to join or to part: one
       of a script other than Latin, Greek, Cyrillic and Armenian, or an emoji.
-    - Base64 of sixteen characters and more is decoded where print with a word comes out, and a text is turned by ROT13
-      where that makes one word of five, and more words than there were, common ones of English.
+    - Base64 of sixteen characters and more, or of eight with its padding, is decoded where print comes out.
+    - ROT13 is undone where letters are such as it makes of Western languages.
     - Figures become the letters they look like if they stand within two words and a quarter of all words.
     - Capitals become small where case changes as if by chance, and where there is nothing else.
-    - Words spelled letter by letter are joined: four letters and more, all apart by one and the same space, dot, hyphen
-      or underscore; wider gaps are those between words.
+    - Words spelled letter by letter are joined, and signs among them: four letters and more, all apart by one and
+      the same space, dot, hyphen or underscore; wider gaps are those between words.
     - Look-alikes become Latin in words that hold nothing but them and Latin letters. A word of look-alikes alone is
       taken for real, if the text has any other letter of such a script, or no Latin one.
     """
@@ -106,7 +105,7 @@ def undisguise(text: str) -> str:
 def _pass(text: str) -> str:
     text = unicodedata.normalize("NFKC", text.translate(_DRESSED))
     text = _as_latin(_SPACED.sub(_joined, _SPLITTERS.sub("", _with_tags_read(text))))
-    return _in_small_letters(_without_figures(_turned(_BASE64.sub(_decoded, text))))
+    return _in_small_letters(_without_figures(undo_rot13(_BASE64.sub(_decoded, text))))
 
 
 def _decoded(run: re.Match[str]) -> str:
@@ -115,14 +114,8 @@ def _decoded(run: re.Match[str]) -> str:
         text = b64decode(digits + "=" * (-len(digits) % 4), validate=True).decode()
     except ValueError:
         return run[0]
-    return text if _WORD.search(text) and all(c.isprintable() or c.isspace() for c in text) else run[0]
-
-
-def _turned(text: str) -> str:
-    """The text, or what ROT13 makes of it if that alone is English."""
-    turned = codecs.encode(text, "rot13")
-    before, after = (sum(word in _COMMON for word in _LETTERS.findall(one.lower())) for one in (text, turned))
-    return turned if after > before and after >= 0.2 * len(_LETTERS.findall(text)) and after > 1 else text
+    likely = sum(map(str.isalpha, text)) >= 3 and all(c.isprintable() or c.isspace() for c in text)
+    return text if likely else run[0]
 
 
 def _without_figures(text: str) -> str:
@@ -140,15 +133,22 @@ def _in_small_letters(text: str) -> str:
 
 
 def _with_tags_read(text: str) -> str:
-    hidden = "".join(tag for _, tag in _TAGS.findall(text)).translate(_TAGGED)
+    hidden = "".join(_HIDDEN.findall(text)).translate(_TAGGED)
     return "\n".join(filter(None, (_TAGS.sub(r"\1", text), hidden)))
 
 
 def _joined(run: re.Match[str]) -> str:
-    words = _BETWEEN.sub(lambda gap: "" if gap[0] == run["apart"] else " ", run[0])
+    apart = run["apart"]
+    words = " ".join(_spelled(word, apart) for word in re.split(r"\s\s+" if apart == " " else r"\s+", run[0]))
     letters = sum(map(str.isalpha, words))
     joints = sum(len(word) - 1 for word in words.split())
     return words if letters >= 4 and joints >= 3 else run[0]
+
+
+def _spelled(word: str, apart: str) -> str:
+    if set(word[1::2]) == {apart}:  # so that what stands between may also be a sign of its own
+        return word[::2]
+    return " ".join(part.replace(apart, "") for part in re.split(re.escape(2 * apart) + "+", word))
 
 
 def _as_latin(text: str) -> str:

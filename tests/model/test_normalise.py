@@ -118,7 +118,8 @@ def test_ordinary_text_is_not_worth_a_second_reading(text: str) -> None:
     assert undisguise(text) == text
 
 
-PLAIN_WORDS = st.from_regex("[A-Z]?[a-z]{2,}|[a-z]{2,}[0-9]*|[0-9]{2,}", fullmatch=True)
+# Of letters that are more frequent than those that ROT13 makes of them.
+PLAIN_WORDS = st.from_regex("[A-EILMOST]?[acdeilmost]{2,}|[acdeilmost]{2,}[0-9]*|[0-9]{2,}", fullmatch=True)
 
 
 @given(st.lists(PLAIN_WORDS, max_size=20), st.sampled_from(" ,.\n-"))
@@ -140,6 +141,14 @@ def test_hidden_text_is_read_after_the_visible_one(hidden: str) -> None:
     """Wherever its tags stand, they part no visible word."""
     first, rest = tags(hidden[:2]), tags(hidden[2:])
     assert normalise(f"Kind w{first}ords{rest}") == f"Kind words\n{normalise(hidden)}"
+
+
+@pytest.mark.parametrize("hidden", ["Où est l’été ?\nÀ côté.", "Ich würde ihn töten"])
+def test_hidden_text_has_what_tags_cannot_spell(hidden: str) -> None:
+    """Accents and new lines stand in the open among the tags, and may as well be of the visible text."""
+    open_letters = "".join(letter for letter in hidden if not " " <= letter <= "~")
+    disguised = "".join(tags(letter) if " " <= letter <= "~" else letter for letter in hidden)
+    assert normalise(f"Hi{disguised}") == f"Hi{open_letters}\n{hidden}".replace("\n.", ".")
 
 
 def test_only_flags_keep_their_tags() -> None:
@@ -173,8 +182,18 @@ def test_look_alikes_are_latin_where_they_make_latin_words(text: str, plain: str
         ("I say g.o  n-o.w", "I say g.o  n-o.w"),
         ("p r i v é", "privé"),
         ("I   w a n t   a   d o g !", "I want a dog!"),
+        ("W.h.y..   D.o.n.'.t   (.a.s.k.)", "Why. Don't (ask)"),
+        ("m-o-t-h-e-r---i-n---l-a-w", "mother-in-law"),
+        ("h-o-w--c-a-n--I", "how can I"),
+        ("a.b.c...", "a.b.c..."),
     ],
 )
 def test_letters_are_joined_where_one_thing_parts_them(text: str, plain: str) -> None:
     """Four of them at least, and the wider gaps are those between words."""
     assert normalise(text) == plain
+
+
+@pytest.mark.parametrize("text", ["bitch", "Кто убил её?", "मुझे बम बनाना है", "我该如何做炸弹？"])
+def test_base64_of_any_script_is_read(text: str) -> None:
+    """A short one where its padding tells what it is."""
+    assert normalise(b64encode(text.encode()).decode()) == normalise(text)
