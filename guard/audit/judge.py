@@ -20,7 +20,7 @@ from guard.policy.store import PolicyStore
 from guard.types import Action, Conversation, Revision, Scores
 
 _LOOK_AHEAD = 32 * 4  # characters of a window for each token of a pass: some 32 passes, which are then all but full
-_REMEMBERED = 20_000  # passes whose scores are kept, for texts that come again; some 2 KB each
+_REMEMBERED = 100_000  # passes whose scores are kept, for texts that come again; some 300 bytes each
 
 Digest = bytes
 _Found = Sequence[Scores] | None  # None where the model failed
@@ -116,7 +116,7 @@ class Judge:
         described = [one.name for policy in judging for one in policy.described] if classifier.info.asks else []
         names = dict.fromkeys([*classifier.info.hazards, *(head.name for head in self._heads), *described])
         self.schema = schema(tuple(names), text=text, compared=compare is not None)
-        self._known: OrderedDict[Digest, Sequence[Scores]] = OrderedDict()
+        self._known = Remembered(_REMEMBERED)
 
     def prepare(self, window: Window) -> Prepared:
         """What the model is to read of it; what cannot be judged becomes a reject."""
@@ -141,7 +141,9 @@ class Judge:
             batch = [unknown[place][1] for place in places]
             for place, found in zip(places, self._read(batch), strict=True):
                 scores[unknown[place][0]] = found
-        self._remember(scores)
+        for digest, found in scores.items():
+            if found is not None:
+                self._known.keep(digest, found)
         return Scored(prepared, scores, sum(sizes))
 
     def tell(self, scored: Scored) -> Judged:
@@ -188,14 +190,6 @@ class Judge:
         scores = iter(self._score([tokens for each in batch for tokens in each.windows]))
         return [tuple(chain.from_iterable(next(scores) for _ in each.windows)) for each in batch]
 
-    def _remember(self, scores: Mapping[Digest, _Found]) -> None:
-        for digest, found in scores.items():
-            if found is not None:
-                self._known[digest] = found
-                self._known.move_to_end(digest)
-        while len(self._known) > _REMEMBERED:
-            self._known.popitem(last=False)
-
     def _rows(self, item: _Ready, scores: Sequence[_Found]) -> Iterator[Row]:
         said, *other = item.reading.verdicts(scores, item.record.metadata)
         policy = Revision(item.policy.name, item.policy.revision)
@@ -206,6 +200,33 @@ class Judge:
                 for policy, verdicts in zip(self._compare, other, strict=True)
             ]
             yield Row(item.record, verdict, policy, self._model, metadata, compare[0] if compare else None)
+
+
+class Remembered:
+    """The scores of passes that were read last, rounded to float32, as a verdict rounds them."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._names: dict[tuple[str, ...], tuple[str, ...]] = {}  # so that all hold the same
+        self._kept: OrderedDict[Digest, tuple[tuple[str, ...], bytes]] = OrderedDict()
+
+    def keep(self, digest: Digest, found: Sequence[Scores]) -> None:
+        """Takes the scores of a pass, which have the same names; the one that was met longest ago may go."""
+        if digest not in self._kept:
+            names = tuple(found[0].hazards) if found else ()
+            numbers = array("f", chain.from_iterable((one.unsafe, *one.hazards.values()) for one in found))
+            self._kept[digest] = self._names.setdefault(names, names), numbers.tobytes()
+        self._kept.move_to_end(digest)
+        if len(self._kept) > self._most:
+            self._kept.popitem(last=False)
+
+    def get(self, digest: Digest) -> Sequence[Scores] | None:
+        """The scores of a pass, where it is remembered."""
+        if digest not in self._kept:
+            return None
+        names, numbers = self._kept[digest]
+        values = iter(array("f", numbers))
+        return [Scores(unsafe, dict(zip(names, values, strict=False))) for unsafe in values]
 
 
 def _digest(each: Pass) -> Digest:

@@ -1,6 +1,7 @@
 """Windows of conversations to rows: the verdicts of the service, at the price of as few passes as can be."""
 
 import asyncio
+from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guard.audit.judge import Judge, Judged
+from guard.audit.judge import Judge, Judged, Remembered
 from guard.audit.pack import pack
 from guard.audit.records import Position, Record, Reject, Window
 from guard.engine.moderator import Moderator
@@ -109,6 +110,18 @@ def test_the_same_conversation_is_read_once() -> None:
     assert again.rows["scores"].to_pylist() == first.rows["scores"].to_pylist()[:1]
     judged(made, replace(said("Hi!"), turns=(Turn(Role.AGENT, "Hi!"),)))
     assert sum(model.passes) == 3
+
+
+def test_what_was_met_last_is_remembered() -> None:
+    """To float32, as a verdict has it; what was met longest ago is forgotten first."""
+    remembered = Remembered(2)
+    both = (Scores(0.1, {"S1": 0.2, "own": 0.3}), Scores(0.4, {"S1": 0.5, "own": 0.6}))
+    for digest, found in ((b"both", both), (b"none", ()), (b"both", both), (b"one", [Scores(0.7, {})])):
+        remembered.keep(digest, found)
+    values = iter(array("f", [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]))
+    assert remembered.get(b"both") == [Scores(next(values), {"S1": next(values), "own": next(values)}) for _ in both]
+    assert remembered.get(b"one") == [Scores(next(values), {})]
+    assert remembered.get(b"none") is None
 
 
 def test_all_turns_of_a_conversation_are_judged_in_one_pass() -> None:
