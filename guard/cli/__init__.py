@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from guard.cli import audit, client, fit, policy, replay, rollout
+from guard.cli import audit, client, fit, policy, replay, rollout, study
 from guard.cli.calibrate import calibrate, quantize
 from guard.cli.check import check
 from guard.cli.evaluate import evaluate
@@ -47,6 +47,7 @@ app.command()(unseal)
 app.add_typer(rollout.app)
 app.command()(train)
 app.command()(distill)
+app.add_typer(study.app)
 app.command()(evaluate)
 app.command()(calibrate)
 app.command()(quantize)

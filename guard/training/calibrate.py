@@ -21,12 +21,13 @@ _FEW = 30  # positives; a hazard with fewer shares the fit of all hazards
 
 
 def predict(model: TurnModel, examples: Sequence[Example], tokenizer: ChatTokenizer) -> Floats:
-    """Logits [rows, 1 + hazards], in the order of the examples."""
+    """Logits [rows, 1 + hazards], in the order of the examples, computed where the model is."""
     model.eval()
+    device = next(model.parameters()).device
     logits = np.empty((len(examples), len(HEADS)))
     for batch in batches(examples, tokenizer, _LENGTHS, _TOKENS):
         with torch.inference_mode():
-            logits[list(batch.places)] = model(batch).numpy()
+            logits[list(batch.places)] = model(batch.to(device)).cpu().numpy()
     return logits
 
 

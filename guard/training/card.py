@@ -9,10 +9,12 @@ from typing import Any
 from guard.errors import ConfigError
 from guard.model.checkpoint import read_checkpoint
 from guard.training.data import Recipe, read_recipe
-from guard.training.plots import draw, draw_loss
-from guard.training.report import FIGURES, Table, cell, disguises, metrics, operating_points, slices, title
+from guard.training.plots import draw, draw_depths, draw_loss
+from guard.training.report import FIGURES, TITLES, Table, cell, disguises, metrics, operating_points, slices, title
 from guard.types import HAZARDS
 
+LEFT_OUT = "left-out.json"
+DEPTHS = "depths.json"
 _DATA = Path(__file__).parents[2] / "docs" / "data.md"
 _SOURCE = ("source", "languages", "licence", "origin @ commit")
 _ENOUGH = 30  # rows of either label, to say anything
@@ -25,8 +27,9 @@ def write_card(directory: Path, data: Path = _DATA) -> None:
     """Writes README.md and its plots into a model directory.
 
     Reads guard.json, recipe.yaml, evaluation.json and training.jsonl (as guard.training.pipeline.release writes them)
-    and, where there is one, notes.md: what people know of the model, in Markdown. `data` holds the table of sources
-    with their licences. The same files give the same card. Raises ConfigError where a file is missing or wrong.
+    and, where they are there, what guard.training.studies found, and notes.md: what people know of the model, in
+    Markdown. `data` holds the table of sources with their licences. The same files give the same card. Raises
+    ConfigError where a file is missing or wrong.
     """
     checkpoint = read_checkpoint(directory)
     recipe = read_recipe(directory / "recipe.yaml")
@@ -51,6 +54,8 @@ def write_card(directory: Path, data: Path = _DATA) -> None:
         + " Everything is in `evaluation.json`.",
         *(f"{heading}:\n\n{table.markdown()}" for heading, table in _figures(evaluation)),
         "\n".join(f"![{plot}]({plot})" for plot in plots),
+        *_left_out(directory),
+        *_depths(directory),
         "## Languages",
         f"Unmeasured: fewer than {_ENOUGH} held-out rows that are safe, or that are unsafe. Trustworthy: the 95 % "
         f"interval of the AUROC lies above {100 * _GOOD:.0f}. Weak: the others.",
@@ -89,6 +94,46 @@ def _figures(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, Table]]:
         disguises(evaluation["disguised"]),
     )
     yield "Operating points of `unsafe`, chosen on the held-out rows", operating_points(evaluation["thresholds"])
+
+
+def _left_out(directory: Path) -> Iterator[str]:
+    if not (directory / LEFT_OUT).exists():
+        return
+    found = json.loads(_read(directory / LEFT_OUT))
+    yield "## Sources that a model has not seen"
+    yield (
+        f"The same held-out rows, each scored by one of {len(found['folds'])} models of this recipe that was neither "
+        f"trained nor calibrated on the row's source, in {found['steps']:,} steps: what to expect of other people's "
+        f"texts. Which sources were left out together stands in `{LEFT_OUT}`."
+    )
+    for _, table in slices(found, ("by_role", "by_language", "by_source")):
+        yield table.markdown()
+
+
+def _depths(directory: Path) -> Iterator[str]:
+    if not (directory / DEPTHS).exists():
+        return
+    found = json.loads(_read(directory / DEPTHS))
+    depths = found["depths"]
+    yield "## Depth"
+    yield (
+        f"Models of the base's first blocks by this recipe, in {found['steps']:,} steps each, on the held-out rows; "
+        f"milliseconds are the median for a row by itself ({depths[0]['computed']})."
+    )
+    columns = ("auprc", "auroc", "fpr", "recall")
+    yield Table(
+        ("blocks", "MB", "ms", *(TITLES[column] for column in columns)),
+        tuple(
+            (
+                f"{depth['blocks']}",
+                f"{depth['bytes'] / 1e6:.0f}",
+                f"{depth['ms']:.1f}",
+                *(cell(depth["unsafe"], column) for column in columns),
+            )
+            for depth in depths
+        ),
+    ).markdown()
+    yield f"![depths]({draw_depths(depths, directory)})"
 
 
 def _languages(held_out: Mapping[str, Any]) -> Table:

@@ -30,6 +30,29 @@ def draw_loss(log: Sequence[Mapping[str, Any]], directory: Path) -> str:
     return "loss.png"
 
 
+def draw_depths(depths: Sequence[Mapping[str, Any]], directory: Path) -> str:
+    """Plots the AUPRC of models of several depths over what a row costs; returns the file's name."""
+    figure = Figure(figsize=(4.8, 3.6), layout="constrained")
+    axes = figure.add_subplot(xlabel="ms for a row by itself", ylabel="AUPRC of unsafe, 95 % interval")
+    ordered = sorted(depths, key=lambda depth: depth["blocks"])
+    ms = np.array([depth["ms"] for depth in ordered])
+    value = np.array([depth["unsafe"]["auprc"] for depth in ordered])
+    interval = np.array([depth["unsafe"]["intervals"]["auprc"] for depth in ordered]).T  # [low and high, depths]
+    axes.errorbar(ms, value, abs(interval - value), color=_COLOURS[0], marker="o", markersize=4, capsize=2)
+    for depth in ordered:
+        axes.annotate(
+            f"{depth['blocks']} blocks",
+            (depth["ms"], depth["unsafe"]["auprc"]),
+            xytext=(4, -10),
+            textcoords="offset points",
+            fontsize="small",
+        )
+    axes.set_xlim(0, 1.3 * ms.max())
+    axes.grid(alpha=0.3)
+    figure.savefig(directory / "depths.png", dpi=100, metadata={"Software": None})
+    return "depths.png"
+
+
 def draw(curves: Mapping[str, Mapping[str, Any]], directory: Path) -> list[str]:
     """Plots the `curves` of guard.training.evaluate, of one model or of two, by name; returns the files' names."""
     plots = {"precision-recall": _precision_recall, "reliability": _reliability, "scores": _scores}

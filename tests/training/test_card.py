@@ -8,7 +8,7 @@ import pytest
 
 from guard.errors import ConfigError
 from guard.model.checkpoint import read_checkpoint
-from guard.training.card import language_verdict, write_card
+from guard.training.card import DEPTHS, LEFT_OUT, language_verdict, write_card
 from guard.training.data import Example
 from guard.training.evaluate import HEADS, evaluate, thresholds, under
 from guard.types import Conversation, Role, Turn
@@ -71,6 +71,34 @@ def test_a_card_tells_what_the_files_say(directory: Path) -> None:
     for plot in PLOTS:
         assert f"({plot})" in card
         assert (directory / plot).stat().st_size < 60_000
+
+
+def test_a_card_tells_of_studies(directory: Path) -> None:
+    """What models are worth that have not seen a source, and how deep one should be; where that was studied."""
+    write_card(directory)
+    assert "## Depth" not in (directory / "README.md").read_text()
+    held_out = json.loads((directory / "evaluation.json").read_text())["held_out"]
+    (directory / LEFT_OUT).write_text(json.dumps({"folds": [["words"], ["others"]], "steps": 1500, **held_out}))
+    depths = [
+        {
+            "blocks": blocks,
+            "unsafe": held_out["unsafe"],
+            "bytes": 5e6 * blocks,
+            "ms": 1.5 * blocks,
+            "computed": "cpu, int8",
+        }
+        for blocks in (10, 20)
+    ]
+    (directory / DEPTHS).write_text(json.dumps({"steps": 700, "depths": depths}))
+    write_card(directory)
+    card = (directory / "README.md").read_text()
+    assert "one of 2 models" in card
+    assert "1,500 steps" in card
+    assert "| words | 600 |" in card
+    assert "| 20 | 100 | 30.0 |" in card
+    assert "(cpu, int8)" in card
+    assert (directory / "depths.png").stat().st_size < 60_000
+    assert "![depths](depths.png)" in card
 
 
 def test_every_source_of_the_embedded_model_has_its_licence(directory: Path) -> None:
