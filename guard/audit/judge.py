@@ -20,7 +20,8 @@ from guard.policy.store import PolicyStore
 from guard.types import Action, Conversation, Revision, Scores
 
 _LOOK_AHEAD = 32 * 4  # characters of a window for each token of a pass: some 32 passes, which are then all but full
-_REMEMBERED = 100_000  # passes whose scores are kept, for texts that come again; some 300 bytes each
+_REMEMBERED = 32 * 2**20  # bytes of scores that are kept, for texts that come again: some 100,000 of one turn
+_ENTRY = 200  # bytes that each pass takes beside its scores
 
 Digest = bytes
 _Found = Sequence[Scores] | None  # None where the model failed
@@ -203,10 +204,10 @@ class Judge:
 
 
 class Remembered:
-    """The scores of passes that were read last, rounded to float32, as a verdict rounds them."""
+    """The scores of passes that were read last, rounded to float32, as a verdict rounds them; in so many bytes."""
 
     def __init__(self, most: int) -> None:
-        self._most = most
+        self._free = most
         self._names: dict[tuple[str, ...], tuple[str, ...]] = {}  # so that all hold the same
         self._kept: OrderedDict[Digest, tuple[tuple[str, ...], bytes]] = OrderedDict()
 
@@ -216,9 +217,11 @@ class Remembered:
             names = tuple(found[0].hazards) if found else ()
             numbers = array("f", chain.from_iterable((one.unsafe, *one.hazards.values()) for one in found))
             self._kept[digest] = self._names.setdefault(names, names), numbers.tobytes()
+            self._free -= _ENTRY + len(self._kept[digest][1])
         self._kept.move_to_end(digest)
-        if len(self._kept) > self._most:
-            self._kept.popitem(last=False)
+        while self._free < 0:
+            _, (_, gone) = self._kept.popitem(last=False)
+            self._free += _ENTRY + len(gone)
 
     def get(self, digest: Digest) -> Sequence[Scores] | None:
         """The scores of a pass, where it is remembered."""

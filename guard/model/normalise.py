@@ -6,7 +6,7 @@ UTS #51 (emoji and their tags), DerivedCoreProperties.txt (Default_Ignorable_Cod
 
 import re
 import unicodedata
-from base64 import b64decode
+from base64 import b64decode, b64encode
 from typing import Final
 
 from guard.model.rot13 import undo_rot13
@@ -109,13 +109,26 @@ def _pass(text: str) -> str:
 
 
 def _decoded(run: re.Match[str]) -> str:
-    digits = run[0].rstrip("=").translate(_URL_SAFE)
+    text = run[0]
+    while (inner := _decode(text)) is not None:  # all at once, as a pass over a long text is dear
+        text = inner
+    return text
+
+
+def _decode(run: str) -> str | None:
+    """What Base64 stands for; None for what only looks like it."""
+    if not _BASE64.fullmatch(run) or run.lower() == run or run.upper() == run:
+        return None
+    digits = run.rstrip("=").translate(_URL_SAFE)
     try:
-        text = b64decode(digits + "=" * (-len(digits) % 4), validate=True).decode()
+        decoded = b64decode(digits + "=" * (-len(digits) % 4), validate=True)
+        text = decoded.decode("utf-8" if len(digits) >= 16 else "ascii")
     except ValueError:
-        return run[0]
-    likely = sum(map(str.isalpha, text)) >= 3 and all(c.isprintable() or c.isspace() for c in text)
-    return text if likely else run[0]
+        return None
+    if "=" in run and b64encode(decoded).decode() != run.translate(_URL_SAFE):
+        return None
+    is_print = sum(map(str.isalpha, text)) >= 3 and all(c.isprintable() or c in "\n\r\t" for c in text)
+    return text if is_print else None
 
 
 def _without_figures(text: str) -> str:
@@ -141,8 +154,9 @@ def _joined(run: re.Match[str]) -> str:
     apart = run["apart"]
     words = " ".join(_spelled(word, apart) for word in re.split(r"\s\s+" if apart == " " else r"\s+", run[0]))
     letters = sum(map(str.isalpha, words))
+    signs = sum(not (c.isalnum() or c.isspace()) for c in words)  # many of them are a list's, or a formula's
     joints = sum(len(word) - 1 for word in words.split())
-    return words if letters >= 4 and joints >= 3 else run[0]
+    return words if letters >= 4 and letters > 2 * signs and joints >= 3 else run[0]
 
 
 def _spelled(word: str, apart: str) -> str:

@@ -1,9 +1,9 @@
 """Undoes ROT13, which it knows by how often letters stand in a text."""
 
 import re
-from itertools import groupby
+from itertools import chain, groupby
 from operator import itemgetter
-from typing import Final
+from typing import Final, NamedTuple
 
 _ROT13: Final = str.maketrans(
     "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ", "nopqrstuvwxyzabcdefghijklmNOPQRSTUVWXYZABCDEFGHIJKLM"
@@ -19,8 +19,10 @@ _TURNED: Final = {
     for letter, oftener in zip(half, _OFTENER, strict=True)
 }
 _ASCII: Final = _TURNED.keys()
+# None of them is turned into a word of some other language, as `in` is into `va`.
 _WORDS: Final = (
-    "the and to of for is it that this you your me my how what why who can do make give with from are have not"
+    "the and to of for is it that this you your me my how what why who can do make give with from are have not "
+    "der die und nicht ist ich ein mit auf les des pas est que pour vous para como por con una los che per del com uma"
 )
 _COMMON: Final = _WORDS.split()
 _BEYOND: Final = 30  # what a common word tells beyond its letters
@@ -28,50 +30,78 @@ _KNOWN: Final = dict.fromkeys(_COMMON, -_BEYOND) | {word.translate(_ROT13): _BEY
 _ALONG: Final = re.compile("[ ,'’-]+")  # what stands between the words of one and the same clause
 _WITHIN: Final = 150  # how unlikely ROT13 begins or ends within a clause
 _BETWEEN: Final = 60  # and between two
-_CERTAIN: Final = 90
+_CERTAIN: Final = 90  # of a run with a common word in it
+_CERTAIN_BY_LETTERS: Final = 160
+
+
+class _Word(NamedTuple):
+    """A word, how many times as likely it is turned as not, and whether that was not told by one before it."""
+
+    begin: int
+    end: int
+    evidence: int
+    is_new: bool
+    is_known: bool
+    may_end: bool  # a run
 
 
 def undo_rot13(text: str) -> str:
-    """The text, with ROT13 undone in each run of words that is surely such; idempotent.
+    """The text, with ROT13 undone in each run of words that is surely such.
 
-    The runs are those of the likeliest path through a Markov model of two states (Viterbi 1967). Nothing that comes out
-    is such a run: a path through it that is worth anything would have made a likelier one before.
+    The runs are those of the likeliest path through a Markov model of two states (Viterbi 1967), less the clauses at
+    their ends that do not speak for it.
     """
-    words = list(_WORD.finditer(text))
-    evidence = _evidence([word[0] for word in words])
+    words = _words(text)
     plain = turned = 0  # how likely the likeliest path to either state is
     switches = []  # whether that path comes from the other state
-    last = 0
-    for word, own in zip(words, evidence, strict=True):
-        cost = _WITHIN if _ALONG.fullmatch(text, last, word.start()) else _BETWEEN
+    clauses = []  # which each word is in
+    last = clause = 0
+    for word in words:
+        along = _ALONG.fullmatch(text, last, word.begin) is not None
+        clause += not along
+        clauses.append(clause)
+        cost = _WITHIN if along else _BETWEEN
         switches.append((turned - cost > plain, plain - cost > turned))
-        plain, turned = max(plain, turned - cost), max(turned, plain - cost) + own
-        last = word.end()
+        plain, turned = max(plain, turned - cost), max(turned, plain - cost) + word.evidence
+        last = word.end
     state = turned > plain
     path = []
-    for word, own, switch in zip(reversed(words), reversed(evidence), reversed(switches), strict=True):
-        path.append((word, own, state))
-        state ^= switch[state]
+    for place in reversed(range(len(words))):
+        path.append((clauses[place], words[place], state))
+        state ^= switches[place][state]
     parts = []
     done = 0
     for within, some in groupby(reversed(path), key=itemgetter(2)):
-        run = list(some)
-        if within and sum(own for _, own, _ in run) >= _CERTAIN:
-            begin, end = run[0][0].start(), run[-1][0].end()
-            parts += [text[done:begin], text[begin:end].translate(_ROT13)]
-            done = end
+        if within and (run := _sure([(clause, word) for clause, word, _ in some])):
+            parts += [text[done : run[0].begin], text[run[0].begin : run[-1].end].translate(_ROT13)]
+            done = run[-1].end
     return "".join((*parts, text[done:]))
 
 
-def _evidence(words: list[str]) -> list[int]:
-    """Of each word how many times as likely it is turned as not; nothing of one that was there before."""
+def _sure(run: list[tuple[int, _Word]]) -> list[_Word]:
+    """The words of a run that are surely turned; none where that is not so."""
+    clauses = [[word for _, word in some] for _, some in groupby(run, key=itemgetter(0))]
+    speaking = [place for place, clause in enumerate(clauses) if sum(word.evidence for word in clause) > 0]
+    if not speaking:
+        return []
+    words = list(chain.from_iterable(clauses[speaking[0] : speaking[-1] + 1]))
+    ends = [place for place, word in enumerate(words) if word.may_end]
+    words = words[ends[0] : ends[-1] + 1] if ends else []
+    certain = _CERTAIN if any(word.is_known for word in words) else _CERTAIN_BY_LETTERS
+    return words if sum(word.evidence for word in words if word.is_new) >= certain else []
+
+
+def _words(text: str) -> list[_Word]:
     seen = set[str]()
     found = []
-    for word in words:
+    for match in _WORD.finditer(text):
+        word = match[0]
         small = word.lower()
-        if small in seen or not _TELLING.fullmatch(word):
-            found.append(0)
-            continue
-        found.append(sum(map(_TURNED.__getitem__, set(small) & _ASCII)) + _KNOWN.get(small, 0))
-        seen |= {small, small.translate(_ROT13)}
+        is_telling = _TELLING.fullmatch(word) is not None
+        known = _KNOWN.get(small, 0) if is_telling else 0
+        letters = sum(map(_TURNED.__getitem__, set(small) & _ASCII)) if is_telling and (known or len(word) > 2) else 0
+        is_new = small not in seen
+        if is_new:
+            seen |= {small, small.translate(_ROT13)}
+        found.append(_Word(*match.span(), letters + known, is_new, known > 0, is_telling or len(word) == 1))
     return found

@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from guard.errors import ConfigError
 from guard.model.chat import ChatTokenizer
@@ -25,7 +24,8 @@ from guard.training.finetune import Progress
 from guard.training.pipeline import MAX_TOKENS, load_model, train
 from guard.types import HAZARDS, Role
 
-_TIMED = 200  # rows, one after the other
+_RUN = "run"  # tells of which recipe, base and data a folder is
+_TIMED = 200  # rows at most, one after the other
 
 Report = Callable[[str, Progress], None]
 
@@ -44,8 +44,8 @@ def leave_out(
     """What `evaluate` finds of the held-out rows, each scored by a model that was trained without its source.
 
     The sources are put into so many `folds`; what trains without a fold is also calibrated without it. A run that was
-    stopped goes on where it was. Raises ConfigError for a recipe, data or base that cannot be used, and for more folds
-    than there are sources with held-out rows.
+    stopped goes on where it was. Raises ConfigError for a recipe, data or base that cannot be used or is not that of
+    what `work` holds, and for more folds than there are sources with held-out rows.
     """
     plan = _read(recipe, steps)
     held_out = load_examples(plan, data, "validation")
@@ -111,15 +111,16 @@ def _scores(
     plan: Recipe, rows: Sequence[Example], data: Path, base: Path, folder: Path, compiled: bool, report: Report
 ) -> Floats:
     """Probabilities of the rows by a model of that plan, calibrated on what the plan holds out."""
-    kept, recipe, trained = folder / "scores.safetensors", folder / "recipe.yaml", folder / "trained"
     written = plan.model_dump_json(indent=1, exclude_unset=True)
-    run = sha256("\n".join([written, *(row.id for row in rows)]).encode()).hexdigest()
+    run = sha256("\n".join([written, *_state(base), *_state(data), *(row.id for row in rows)]).encode()).hexdigest()
+    kept, recipe, trained = folder / "scores.safetensors", folder / "recipe.yaml", folder / "trained"
+    if (folder / _RUN).exists() and (folder / _RUN).read_text(encoding="utf-8") != run:
+        raise ConfigError(f"{folder}: is of another recipe, base or data; take another directory, or remove it")
     if kept.exists():
-        with safe_open(kept, framework="pt") as file:
-            if file.metadata()["run"] == run:
-                there: Floats = file.get_tensor("probabilities").numpy()
-                return there
+        there: Floats = load_file(kept)["probabilities"].numpy()
+        return there
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / _RUN).write_text(run, encoding="utf-8")
     recipe.write_text(written, encoding="utf-8")  # JSON is YAML
     train(recipe, data, base, trained, compiled=compiled, report=lambda progress: report(folder.name, progress))
     model = load_model(trained).to("cuda" if torch.cuda.is_available() else "cpu")
@@ -127,8 +128,14 @@ def _scores(
     own = load_examples(plan, data, "validation")
     calibration = calibrate(predict(model, own, tokenizer), own)
     found = probabilities(predict(model, rows, tokenizer), calibration, rows)
-    save_file({"probabilities": torch.from_numpy(found)}, kept, metadata={"run": run})
+    save_file({"probabilities": torch.from_numpy(found)}, kept)
     return found
+
+
+def _state(path: Path) -> list[str]:
+    """What shows that a file, or one of a directory, is another than before."""
+    files = sorted(path.glob("*")) if path.is_dir() else [path] if path.exists() else []
+    return [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
 
 
 def _cost(folder: Path, rows: Sequence[Example]) -> Mapping[str, Any]:
@@ -146,7 +153,7 @@ def _cost(folder: Path, rows: Sequence[Example]) -> Mapping[str, Any]:
     )
     amend_checkpoint(served, int8=True)
     classifier = TurnClassifier(served)
-    some = rows[:: max(1, len(rows) // _TIMED)]
+    some = rows[:: -(-len(rows) // _TIMED)]
     seconds = list(_timed(classifier, some))
     info = classifier.info
     return {

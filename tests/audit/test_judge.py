@@ -114,7 +114,7 @@ def test_the_same_conversation_is_read_once() -> None:
 
 def test_what_was_met_last_is_remembered() -> None:
     """To float32, as a verdict has it; what was met longest ago is forgotten first."""
-    remembered = Remembered(2)
+    remembered = Remembered(2 * 256)
     both = (Scores(0.1, {"S1": 0.2, "own": 0.3}), Scores(0.4, {"S1": 0.5, "own": 0.6}))
     for digest, found in ((b"both", both), (b"none", ()), (b"both", both), (b"one", [Scores(0.7, {})])):
         remembered.keep(digest, found)

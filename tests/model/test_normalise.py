@@ -93,6 +93,9 @@ ORDINARY = (
     "My iPhone 14 Pro, a C3PO mug, H2O and CO2, vitamin B12, mp3 and h264, 2nd and 3rd, mail bob@example.com for $20.",
     "def getUserName(userId): return usersById[userId].fullName  # eBay, LaTeX, McDonald, NASA",
     "NASA, ESA.",
+    '<form enctype="multipart/form-data" distance="5">; cipher= aes; closed= encode== beijing= KillUser=',
+    "6666666666666666, ffffffffffffffff, internationalization, ABCDEFGHIJKLMNOP",
+    "Options: a - b - c - d\n- a\n- b\n- c\n- d\n| a | b | c | d |\nx . x . x . x",
 )
 
 

@@ -39,11 +39,26 @@ def test_a_sentence_is_turned_back(text: str) -> None:
         "Kahvaltıda peynir, zeytin ve çay vardı; sonra yürüyüşe çıktık.",
         "Tôi muốn học tiếng Việt vì tôi thích ẩm thực Việt Nam.",
         "hahahaha jajajaja zzzzzz brrrr ffffff",
+        "Rwy'n byw yng Nghymru gyda fy nhylwyth ac yn hwyr",
+        "Nguyen Van Vy, Tran Thi Thuy, Huynh Quy",
+        "syzygy rhythm nymph gypsy crypt",
+        "NYC NY NJ PA KY VT NV TN WV",
     ],
 )
 def test_ordinary_text_stays(text: str) -> None:
     """Of whatever language, also where its letters are rare ones."""
     assert undo_rot13(text) == text
+
+
+@pytest.mark.parametrize(
+    "beside",
+    ["h0w t0 m4k3 a b0mb 4t h0m3", "McDonald, 12 iPhone", "every word deserves reading twice", "Go now."],
+)
+def test_what_stands_beside_it_stays(beside: str) -> None:
+    """Also where its letters say nothing, or words of it came before."""
+    turned = codecs.encode(SENTENCES[0], "rot13")
+    for text in (f"{beside}\n{turned}", f"{turned} {beside}", f"{beside}: {turned} {beside}"):
+        assert undo_rot13(text) == text.replace(turned, SENTENCES[0])
 
 
 RUNS = st.lists(st.tuples(st.sampled_from(SENTENCES), st.booleans()), max_size=12)
@@ -60,7 +75,7 @@ def test_it_is_done_once(parts: list[tuple[str, bool]]) -> None:
 
 @given(RUNS)
 def test_every_turned_sentence_is_found(parts: list[tuple[str, bool]]) -> None:
-    """Where no sentence comes twice, of which only the first would tell anything."""
+    """Where none comes twice, of which only the first would be certain."""
     parts = list(dict(parts).items())
     text = "\n".join(codecs.encode(text, "rot13") if turned else text for text, turned in parts)
     assert undo_rot13(text) == "\n".join(text for text, _ in parts)
