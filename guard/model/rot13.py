@@ -51,6 +51,8 @@ def undo_rot13(text: str) -> str:
     The runs are those of the likeliest path through a Markov model of two states (Viterbi 1967), less the clauses at
     their ends that do not speak for it.
     """
+    if not _may_be_turned(text):
+        return text
     words = _words(text)
     plain = turned = 0  # how likely the likeliest path to either state is
     switches = []  # whether that path comes from the other state
@@ -91,17 +93,38 @@ def _sure(run: list[tuple[int, _Word]]) -> list[_Word]:
     return words if sum(word.evidence for word in words if word.is_new) >= certain else []
 
 
+def _may_be_turned(text: str) -> bool:
+    """Whether words in a row come to what a run needs, whatever the path: a look that costs ordinary text little."""
+    seen = set[str]()
+    total = 0
+    for word in _WORD.findall(text):
+        small = word.lower()
+        if small not in seen:
+            seen |= {small, small.translate(_ROT13)}
+            total = max(total, 0) + sum(_evidence(word, small))
+            if total >= _CERTAIN:
+                return True
+    return False
+
+
 def _words(text: str) -> list[_Word]:
     seen = set[str]()
     found = []
     for match in _WORD.finditer(text):
         word = match[0]
         small = word.lower()
-        is_telling = _TELLING.fullmatch(word) is not None
-        known = _KNOWN.get(small, 0) if is_telling else 0
-        letters = sum(map(_TURNED.__getitem__, set(small) & _ASCII)) if is_telling and (known or len(word) > 2) else 0
+        letters, known = _evidence(word, small)
         is_new = small not in seen
         if is_new:
             seen |= {small, small.translate(_ROT13)}
-        found.append(_Word(*match.span(), letters + known, is_new, known > 0, is_telling or len(word) == 1))
+        may_end = len(word) == 1 or _TELLING.fullmatch(word) is not None
+        found.append(_Word(*match.span(), letters + known, is_new, known > 0, may_end))
     return found
+
+
+def _evidence(word: str, small: str) -> tuple[int, int]:
+    """Of its letters, and of its being a common word."""
+    if not _TELLING.fullmatch(word):
+        return 0, 0
+    known = _KNOWN.get(small, 0)
+    return sum(map(_TURNED.__getitem__, set(small) & _ASCII)) if known or len(word) > 2 else 0, known
