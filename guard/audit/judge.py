@@ -228,7 +228,7 @@ class Remembered:
         if digest not in self._kept:
             return None
         names, numbers = self._kept[digest]
-        values = iter(array("f", numbers))
+        values = iter(array("f", numbers))  # of which zip takes as many as there are names
         return [Scores(unsafe, dict(zip(names, values, strict=False))) for unsafe in values]
 
 

@@ -35,14 +35,14 @@ _CERTAIN_BY_LETTERS: Final = 160
 
 
 class _Word(NamedTuple):
-    """A word, how many times as likely it is turned as not, and whether that was not told by one before it."""
+    """A word, how many times as likely it is turned as not, and whether none before it has told that."""
 
     begin: int
     end: int
     evidence: int
     is_new: bool
     is_known: bool
-    may_end: bool  # a run
+    may_end_run: bool
 
 
 def undo_rot13(text: str) -> str:
@@ -87,7 +87,7 @@ def _sure(run: list[tuple[int, _Word]]) -> list[_Word]:
     if not speaking:
         return []
     words = list(chain.from_iterable(clauses[speaking[0] : speaking[-1] + 1]))
-    ends = [place for place, word in enumerate(words) if word.may_end]
+    ends = [place for place, word in enumerate(words) if word.may_end_run]
     words = words[ends[0] : ends[-1] + 1] if ends else []
     certain = _CERTAIN if any(word.is_known for word in words) else _CERTAIN_BY_LETTERS
     return words if sum(word.evidence for word in words if word.is_new) >= certain else []
@@ -117,8 +117,8 @@ def _words(text: str) -> list[_Word]:
         is_new = small not in seen
         if is_new:
             seen |= {small, small.translate(_ROT13)}
-        may_end = len(word) == 1 or _TELLING.fullmatch(word) is not None
-        found.append(_Word(*match.span(), letters + known, is_new, known > 0, may_end))
+        may_end_run = len(word) == 1 or _TELLING.fullmatch(word) is not None
+        found.append(_Word(*match.span(), letters + known, is_new, known > 0, may_end_run))
     return found
 
 

@@ -114,7 +114,7 @@ def _scores(
     written = plan.model_dump_json(indent=1, exclude_unset=True)
     run = sha256("\n".join([written, *_state(base), *_state(data), *(row.id for row in rows)]).encode()).hexdigest()
     kept, recipe, trained = folder / "scores.safetensors", folder / "recipe.yaml", folder / "trained"
-    if (folder / _RUN).exists() and (folder / _RUN).read_text(encoding="utf-8") != run:
+    if trained.exists() and (folder / _RUN).read_text(encoding="utf-8") != run:
         raise ConfigError(f"{folder}: is of another recipe, base or data; take another directory, or remove it")
     if kept.exists():
         there: Floats = load_file(kept)["probabilities"].numpy()

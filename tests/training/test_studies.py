@@ -66,6 +66,17 @@ def test_a_study_goes_on_where_it_was_stopped(here: Path) -> None:
     assert set(trained) <= {"fold-1"}
 
 
+def test_a_study_does_not_go_on_from_another_base(here: Path) -> None:
+    """A base that could not be read leaves nothing behind; one that was trained is not taken for the other."""
+    recipe, data, base, work = paths(here)
+    with pytest.raises(ConfigError):
+        leave_out(recipe, data, here / "nowhere", work, folds=3, **RUNS)
+    first = leave_out(recipe, data, base, work, folds=3, **RUNS)
+    with pytest.raises(ConfigError, match="another recipe, base or data"):
+        leave_out(recipe, data, write_base(here / "other"), work, folds=3, **RUNS)
+    assert leave_out(recipe, data, base, work, folds=3, **RUNS) == first
+
+
 def test_depths_are_compared(here: Path) -> None:
     """The shallower model is the smaller one."""
     found = compare_depths(*paths(here), blocks=[1, 2], **RUNS)
