@@ -14,6 +14,7 @@ import pyarrow as pa
 from guard.audit.judge import Judged, Source
 from guard.audit.recipe import Recipe
 from guard.audit.records import Position
+from guard.audit.stop import Stop
 from guard.errors import GuardError, ModelFailed
 from guard.types import ModelInfo
 
@@ -50,7 +51,7 @@ class Cluster:
             loaded = ray.get(ray.remote(_load).options(**self._share).remote(self._recipe))
         self.schema, self.model, self._window = loaded
 
-    def judged(self, source: Source, start: Position) -> Iterator[Judged]:
+    def judged(self, source: Source, start: Position, stop: Stop) -> Iterator[Judged]:
         logging.getLogger("ray.data").setLevel(logging.ERROR)  # it tells every step of its own
         context = DataContext.get_current()
         context.target_max_block_size = _BLOCK
@@ -78,7 +79,8 @@ class _Actor:
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[bytes]]:
         judge = self._judge
         windows = map(pickle.loads, batch["window"])
-        return {"judged": [pickle.dumps(judge.tell(judge.score(judge.prepare(window)))) for window in windows]}
+        judged = (judge.tell(judge.score(judge.prepare(window), Stop())) for window in windows)
+        return {"judged": list(map(pickle.dumps, judged))}
 
 
 class _Windows(Datasource):

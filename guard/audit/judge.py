@@ -12,6 +12,7 @@ import pyarrow as pa
 from guard.audit.pack import pack
 from guard.audit.records import Position, Record, Reject, Window
 from guard.audit.schema import Row, schema, table
+from guard.audit.stop import Stop
 from guard.engine.reading import Pass, Reader, Reading
 from guard.errors import InputError, ModelFailed
 from guard.model.kinds import Classifier
@@ -49,11 +50,14 @@ class Source(Protocol):
 
 
 class Judging(Protocol):
-    """Whatever judges what a source gives from a position on, in that order; its rows are of that schema."""
+    """Whatever judges what a source gives from a position on, in that order; its rows are of that schema.
+
+    It may raise Stopped where that is asked for, after the windows that are judged already.
+    """
 
     schema: pa.Schema
 
-    def judged(self, source: Source, start: Position) -> Iterator[Judged]: ...
+    def judged(self, source: Source, start: Position, stop: Stop) -> Iterator[Judged]: ...
 
 
 class _Ready(NamedTuple):
@@ -130,15 +134,17 @@ class Judge:
         }
         return Prepared(window, items, passes)
 
-    def score(self, prepared: Prepared) -> Scored:
+    def score(self, prepared: Prepared, stop: Stop) -> Scored:
         """Has the model read what it has not read before, in passes that are as full as can be.
 
         Raises ModelFailed where it fails for everything in a pass, one by one: then it is the model that is at fault.
+        Raises Stopped between two passes.
         """
         scores: dict[Digest, _Found] = {digest: self._known.get(digest) for digest in prepared.passes}
         unknown = [(digest, prepared.passes[digest]) for digest, found in scores.items() if found is None]
         sizes = [sum(len(tokens.ids) for tokens in each.windows) for _, each in unknown]
         for places in pack(sizes, self._max_batch_tokens):
+            stop.check()
             batch = [unknown[place][1] for place in places]
             for place, found in zip(places, self._read(batch), strict=True):
                 scores[unknown[place][0]] = found

@@ -10,6 +10,7 @@ from guard.audit.inputs import STDIN, Input
 from guard.audit.records import Place, Position, Record, Reject, Window
 from guard.audit.rows import Limits, Row, first, rows
 from guard.audit.shapes import Said, Shape
+from guard.audit.stop import Stop
 from guard.errors import ConfigError
 from guard.types import Role, Turn
 
@@ -38,10 +39,13 @@ class Logs:
     def is_spread(self) -> bool:
         return self.shape.kind == "rows"
 
-    def gather(self) -> None:
-        """Where conversations are spread over rows, sorts them, which comes before all else. Raises ConfigError."""
+    def gather(self, stop: Stop) -> None:
+        """Where conversations are spread over rows, sorts them, which comes before all else.
+
+        Raises ConfigError; and Stopped, while it reads them.
+        """
         if self.is_spread:
-            group.gather(self._said(), self.spool)
+            group.gather(self._said(stop), self.spool)
 
     def forget(self) -> None:
         """Takes away what was sorted, once it is read."""
@@ -71,8 +75,9 @@ class Logs:
         for after, total, item in group.gathered(self.spool, start.rows):
             yield _Read(item, Position(0, after), after / total)
 
-    def _said(self) -> Iterator[Said | Reject]:
+    def _said(self, stop: Stop) -> Iterator[Said | Reject]:
         for place, row, _ in self._rows(Position()):
+            stop.check()
             where = Place(self.inputs[place].url, row.number)
             yield Reject(where, row.problem, row.rest) if row.fields is None else self.shape.said(where, row.fields)
 
@@ -114,7 +119,7 @@ def read_again(facts: Mapping[str, Any], out: Path) -> Callable[[Collection[Plac
     def found(places: Collection[Place]) -> Mapping[Place, Sequence[Turn]]:
         if STDIN in [source.url for source in inputs]:
             raise ConfigError(f"{out}: its texts came from standard input, and were kept by nobody; audit --with-text")
-        logs.gather()
+        logs.gather(Stop())
         records = (item for window in logs.windows(Position(), 2**20) for item in window.items)
         said = {item.place: item.turns for item in records if isinstance(item, Record) and item.place in places}
         logs.forget()

@@ -11,6 +11,7 @@ import pyarrow as pa
 from guard.audit.judge import Judged, Source
 from guard.audit.records import Position, Record, Reject, Window
 from guard.audit.schema import Row, schema, table
+from guard.audit.stop import Stop
 from guard.client import SyncClient, conversation_request
 from guard.errors import Unanswered
 from guard.policy.decide import NO_METADATA
@@ -57,7 +58,7 @@ class Remote:
         self._client = client
         self._policy = policy
 
-    def judged(self, source: Source, start: Position) -> Iterator[Judged]:
+    def judged(self, source: Source, start: Position, stop: Stop) -> Iterator[Judged]:
         windows = source.windows(start, _WINDOW)
         asked: deque[_Asked] = deque()
         by_number: dict[int, _Asked] = {}
@@ -75,6 +76,7 @@ class Remote:
                         one.answers[place] = Reject(record.place, f"is larger than a server takes, {_LARGEST} bytes")
 
         for answer in self._client.check_many(requests()):
+            stop.check()
             number, place = map(int, answer.id.split("/"))
             one = by_number[number]
             one.answers[place] = _answered(one.window.items[place], answer)

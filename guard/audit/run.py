@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import pyarrow as pa
 
@@ -10,6 +11,7 @@ from guard.audit.ahead import ahead
 from guard.audit.judge import Judge, Judged, Judging, Source
 from guard.audit.output import Output, Totals
 from guard.audit.records import Position
+from guard.audit.stop import Stop
 from guard.errors import InputError
 
 
@@ -21,17 +23,19 @@ class Progress:
     read: float | None
 
 
-def run(source: Source, judging: Judging, output: Output, max_bad: int | None = None) -> Iterator[Progress]:
+def run(source: Source, judging: Judging, output: Output, stop: Stop, max_bad: int | None = None) -> Iterator[Progress]:
     """Goes on from where the output is, to the end, telling after each window how far it is.
 
-    Raises InputError where more than `max_bad` rows are rejected; and whatever reading, judging and writing raise.
+    Raises Stopped soon after that is asked for; InputError where more than `max_bad` rows are rejected; and whatever
+    reading, judging and writing raise.
     """
-    for judged in judging.judged(source, output.position):
+    for judged in judging.judged(source, output.position, stop):
         output.add(judged)
         totals = output.totals
         yield Progress(totals, judged.read)
         if max_bad is not None and totals.rejected > max_bad:
             raise InputError("max-bad", f"{totals.rejected} rows are rejected, more than {max_bad}")
+        stop.check()
     output.finish()
 
 
@@ -44,9 +48,9 @@ class Local:
         self._judge = judge
         self._model = model
 
-    def judged(self, source: Source, start: Position) -> Iterator[Judged]:
+    def judged(self, source: Source, start: Position, stop: Stop) -> Iterator[Judged]:
         judge = self._judge
         with ThreadPoolExecutor(1, "read") as reading, ThreadPoolExecutor(1, "prepare") as preparing:
             windows = ahead(source.windows(start, judge.window), reading)
             prepared = ahead(map(judge.prepare, windows), preparing)
-            yield from map(judge.tell, ahead(map(judge.score, prepared), self._model))
+            yield from map(judge.tell, ahead(map(partial(judge.score, stop=stop), prepared), self._model))

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from guard.audit.inputs import Input
     from guard.audit.judge import Judging
     from guard.audit.output import Totals
+    from guard.audit.stop import Stop
     from guard.client import Tls
     from guard.settings import Settings
 
@@ -161,12 +162,12 @@ def run(
         "with_text": with_text,
         **in_force,
     }
-    with _stoppable(out), open_output(out, facts, judging.schema) as output, shown(progress) as tell:
+    with _stoppable(out) as stop, open_output(out, facts, judging.schema) as output, shown(progress) as tell:
         if not is_complete(out):
             if logs.is_spread:
                 typer.echo("sorting turns into conversations, which comes before all else", err=True)
-            logs.gather()
-            for now in audit(logs, judging, output, max_bad):
+            logs.gather(stop)
+            for now in audit(logs, judging, output, stop, max_bad):
                 tell(now)
         totals = output.totals
     logs.forget()
@@ -231,22 +232,27 @@ def _remote(
 
 
 @contextmanager
-def _stoppable(out: Path) -> Iterator[None]:
-    """SIGTERM stops it as Ctrl-C does: what is judged is kept."""
+def _stoppable(out: Path) -> "Iterator[Stop]":
+    """SIGTERM and Ctrl-C ask it to stop, and what is judged is kept; the second one stops it at once."""
+    from guard.audit.stop import Stop, Stopped
+
+    stop = Stop()
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
+        if stop.is_asked:
+            raise KeyboardInterrupt
+        stop.ask()
 
     is_main = threading.current_thread() is threading.main_thread()  # elsewhere nobody is told of signals
-    before = signal.signal(signal.SIGTERM, interrupt) if is_main else None
+    before = {each: signal.signal(each, interrupt) for each in (signal.SIGTERM, signal.SIGINT) if is_main}
     try:
-        yield
-    except KeyboardInterrupt:
+        yield stop
+    except (Stopped, KeyboardInterrupt):
         typer.echo(f"stopped; the same command goes on with {out}", err=True)
         raise typer.Exit(130) from None
     finally:
-        if is_main:
-            signal.signal(signal.SIGTERM, before)
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def _known(encoding: str) -> str:

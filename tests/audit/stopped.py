@@ -13,6 +13,7 @@ from pathlib import Path
 from guard.audit.judge import Judge
 from guard.audit.output import open_output
 from guard.audit.run import Local, run
+from guard.audit.stop import Stop
 from guard.engine.moderator import model_thread
 from guard.policy.store import PolicyStore
 from tests.audit.sources import Listed, many
@@ -24,7 +25,7 @@ def audit(out: Path, rows: int, windows: int | None = None, part_seconds: float 
     thread = model_thread()
     judging = Local(Judge(CausalModel(), PolicyStore([POLICY], "default"), max_batch_tokens=1), thread)
     with open_output(out, {"rows": rows}, judging.schema, part_seconds) as output:
-        for number, _ in enumerate(run(Listed(many(rows)), judging, output), 1):
+        for number, _ in enumerate(run(Listed(many(rows)), judging, output, Stop()), 1):
             if number == windows:
                 os.kill(os.getpid(), signal.SIGKILL)
     thread.shutdown()

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from guard.audit.judge import Judge, Judged, Remembered
 from guard.audit.pack import pack
 from guard.audit.records import Position, Record, Reject, Window
+from guard.audit.stop import Stop, Stopped
 from guard.engine.moderator import Moderator
 from guard.errors import ModelFailed, PolicyError
 from guard.policy.compile import Policy, compile_policy
@@ -54,7 +55,7 @@ def judge(model: CausalModel, **options: Any) -> Judge:
 
 
 def judged(judge: Judge, *items: Record | Reject) -> Judged:
-    return judge.tell(judge.score(judge.prepare(Window(items, Position(0, len(items)), 0.5))))
+    return judge.tell(judge.score(judge.prepare(Window(items, Position(0, len(items)), 0.5)), Stop()))
 
 
 @contextmanager
@@ -147,6 +148,29 @@ def test_what_the_model_fails_at_is_degraded_and_costs_the_others_nothing() -> N
     assert [row["degraded"] for row in rows] == [False, True, False]
     assert rows[1]["scores"] is None
     assert rows[1]["action"] == "block"
+
+
+class Asking(CausalModel):
+    """Somebody asks to stop while it reads."""
+
+    def __init__(self, stop: Stop) -> None:
+        super().__init__()
+        self.stop = stop
+
+    def score(self, batch: Sequence[Tokens]) -> list[tuple[Scores, ...]]:
+        self.stop.ask()
+        return super().score(batch)
+
+
+def test_it_stops_between_two_passes() -> None:
+    """Of a window, which may be a minute's work."""
+    stop = Stop()
+    model = Asking(stop)
+    made = judge(model, max_batch_tokens=1)
+    window = Window((said("Hi!", row=1), said("Ho!", row=2)), Position(0, 2), 0.5)
+    with pytest.raises(Stopped):
+        made.score(made.prepare(window), stop)
+    assert model.passes == [1]
 
 
 def test_a_model_that_fails_for_everything_stops_the_audit() -> None:

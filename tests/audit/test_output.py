@@ -4,7 +4,7 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from guard.audit.judge import Judge
 from guard.audit.output import is_complete, open_output, part_files, read_facts, read_manifest
 from guard.audit.records import Place, Position, Reject, Window
 from guard.audit.run import Local, Progress, run
+from guard.audit.stop import Stop, Stopped
 from guard.engine.moderator import model_thread
 from guard.errors import ConfigError, InputError
 from guard.policy.store import PolicyStore
@@ -40,7 +41,7 @@ def run_all(out: Path, items: Sequence[Item], facts: dict[str, Any] | None = Non
     judging = Local(Judge(CausalModel(), PolicyStore([POLICY], "default"), max_batch_tokens=1), thread)
     try:
         with open_output(out, facts or {"rows": len(items)}, judging.schema, 0.0) as output:
-            return list(run(Listed(items), judging, output, **options))
+            return list(run(Listed(items), judging, output, Stop(), **options))
     finally:
         thread.shutdown()
 
@@ -143,28 +144,34 @@ def test_rejects_say_where_and_why(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_audit_keeps_what_it_has_judged(tmp_path: Path) -> None:
-    """Ctrl-C loses nothing, even where the part was not due yet."""
+    """Asked to stop, or by whatever is raised, it loses nothing, even where the part was not due yet."""
     thread = model_thread()
     judging = Local(Judge(CausalModel(), PolicyStore([POLICY], "default"), max_batch_tokens=1), thread)
 
-    def interrupted() -> None:
-        with open_output(tmp_path, {"rows": ROWS}, judging.schema, part_seconds=3600) as output:
-            for number, _ in enumerate(run(Listed(many(ROWS)), judging, output)):
+    def interrupted(out: Path, interrupt: Callable[[Stop], None]) -> None:
+        stop = Stop()
+        with open_output(out, {"rows": ROWS}, judging.schema, part_seconds=3600) as output:
+            for number, _ in enumerate(run(Listed(many(ROWS)), judging, output, stop)):
                 if number == 2:
-                    raise KeyboardInterrupt
+                    interrupt(stop)
 
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
+    def ctrl_c(stop: Stop) -> None:
+        raise KeyboardInterrupt
+
+    for interrupt, raised in ((Stop.ask, Stopped), (ctrl_c, KeyboardInterrupt)):
+        out = tmp_path / raised.__name__
+        with pytest.raises(raised):
+            interrupted(out, interrupt)
+        (part,) = read_manifest(out)
+        assert 0 < part["conversations"] + part["rejected"] == part["end"]["rows"] < ROWS
     thread.shutdown()
-    (part,) = read_manifest(tmp_path)
-    assert part["conversations"] + part["rejected"] == part["end"]["rows"] > 0
 
 
 def test_a_disk_that_is_full_is_told_and_loses_nothing(tmp_path: Path) -> None:
     """What is written stays whole, and the same command goes on once there is room."""
     judged = Judge(CausalModel(), PolicyStore([POLICY], "default"), max_batch_tokens=64)
     window = Window((said("Hi!"),), Position(0, 1), 1.0)
-    told = judged.tell(judged.score(judged.prepare(window)))
+    told = judged.tell(judged.score(judged.prepare(window), Stop()))
     with open_output(tmp_path, {}, judged.schema, part_seconds=0.0) as output:
         output.add(told)
         (tmp_path / "rejects.jsonl").unlink()

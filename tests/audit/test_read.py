@@ -17,6 +17,7 @@ from guard.audit.read import Logs, facts_of, read_again, sample
 from guard.audit.records import Place, Position, Record, Reject
 from guard.audit.rows import Limits
 from guard.audit.shapes import detect
+from guard.audit.stop import Stop, Stopped
 
 LIMITS = Limits()
 BEGINNING = Position()
@@ -100,7 +101,7 @@ def mixed(folder: Path, seed: int) -> tuple[Logs, dict[str, list[tuple[str, str]
 def test_turns_are_gathered_into_conversations(seed: int, tmp_path: Path) -> None:
     """However they are mixed, and over how many files; in the order in which they began, and from any of them on."""
     read, said = mixed(tmp_path, seed)
-    read.gather()
+    read.gather(Stop())
     found = items(read)
     records = [item for item in found if isinstance(item, Record)]
     assert {item.id: [(turn.role.value, turn.text) for turn in item.turns] for item in records} == said
@@ -117,14 +118,25 @@ def test_turns_are_gathered_into_conversations(seed: int, tmp_path: Path) -> Non
 def test_what_is_gathered_is_for_no_one_else_and_goes_away(tmp_path: Path) -> None:
     """It holds texts; an audit that goes on finds it there, and in the end it is gone."""
     read, _ = mixed(tmp_path, 0)
-    read.gather()
+    read.gather(Stop())
     (sorted_rows,) = read.spool.iterdir()
     assert stat.S_IMODE(read.spool.stat().st_mode) == 0o700
     made = sorted_rows.stat().st_mtime_ns
-    read.gather()
+    read.gather(Stop())
     assert sorted_rows.stat().st_mtime_ns == made
     read.forget()
     assert not read.spool.exists()
+
+
+def test_gathering_can_be_stopped_and_begun_again(tmp_path: Path) -> None:
+    """Nothing that is half done counts."""
+    read, said = mixed(tmp_path, 0)
+    stop = Stop()
+    stop.ask()
+    with pytest.raises(Stopped):
+        read.gather(stop)
+    read.gather(Stop())
+    assert {item.id for item in items(read) if isinstance(item, Record)} == set(said)
 
 
 def test_turns_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
@@ -134,7 +146,7 @@ def test_turns_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     rows += [{"id": None, "role": "user", "text": str(turn)} for turn in range(2)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     read = logs(tmp_path / "a.jsonl", spool=tmp_path / "spool")
-    read.gather()
+    read.gather(Stop())
     first, long, *alone = items(read)
     assert isinstance(first, Record)
     assert [turn.text for turn in first.turns] == ["0", "1", "2"]
