@@ -48,8 +48,16 @@ class Limits:
     max_row_bytes: int = 16 * 2**20
 
 
-_Found = tuple[int, int, Mapping[str, Any] | str]
-"""Number, after, and the fields or the problem."""
+class _Found(NamedTuple):
+    """A row by its number, what is read after it, and its fields or the problem.
+
+    `read` is how much of the input is, where the reader knows better than its bytes tell.
+    """
+
+    number: int
+    after: int
+    content: Mapping[str, Any] | str
+    read: float | None = None
 
 
 def rows(source: Input, start: int, limits: Limits) -> Iterator[Row]:
@@ -62,11 +70,12 @@ def rows(source: Input, start: int, limits: Limits) -> Iterator[Row]:
     try:
         with source.opened() as (stream, read):
             pieces: io.BufferedReader[Any] = io.BufferedReader(_Pieces(stream), _BUFFER)
-            for number, after, content in _READERS[source.format](pieces, start, limits):
+            for number, after, content, known in _READERS[source.format](pieces, start, limits):
+                share = read() if known is None else known
                 if isinstance(content, str):
-                    yield Row(number, after, None, content, read=read())
+                    yield Row(number, after, None, content, read=share)
                 else:
-                    yield Row(number, after, content, read=read())
+                    yield Row(number, after, content, read=share)
     except (OSError, EOFError, ValueError, pa.ArrowException, ijson.JSONError, lzma.LZMAError, zlib.error) as error:
         yield Row(after + 1, after, None, f"from here on it cannot be read: {_why(error)}", rest=True, read=1.0)
 
@@ -105,7 +114,7 @@ def first(source: Input, limits: Limits, count: int) -> list[Mapping[str, Any]]:
 
 def _fields(head: bytes, format: Format, limits: Limits) -> Iterator[Mapping[str, Any] | None]:
     with suppress(ijson.JSONError):  # it is cut anywhere
-        for _, _, row in _READERS[format](io.BufferedReader(_Pieces(io.BytesIO(head))), 0, limits):
+        for _, _, row, _ in _READERS[format](io.BufferedReader(_Pieces(io.BytesIO(head))), 0, limits):
             yield None if isinstance(row, str) else row
 
 
@@ -120,7 +129,7 @@ def _why(error: Exception) -> str:
 def _json_lines(stream: io.BufferedReader, start: int, limits: Limits) -> Iterator[_Found]:
     for number, line in _lines(stream, limits):
         if number > start and not (isinstance(line, str) and not line.strip()):
-            yield number, number, line.problem if isinstance(line, _Bad) else _object(line)
+            yield _Found(number, number, line.problem if isinstance(line, _Bad) else _object(line))
 
 
 def _json(stream: io.BufferedReader, start: int, limits: Limits) -> Iterator[_Found]:
@@ -130,7 +139,7 @@ def _json(stream: io.BufferedReader, start: int, limits: Limits) -> Iterator[_Fo
         return
     for number, row in enumerate(ijson.items(stream, "item", use_float=True), 1):
         if number > start:
-            yield number, number, row if isinstance(row, dict) else "should be a JSON object"
+            yield _Found(number, number, row if isinstance(row, dict) else "should be a JSON object")
 
 
 def _object(line: str) -> Mapping[str, Any] | str:
@@ -150,7 +159,7 @@ def _comma_separated(stream: io.BufferedReader, start: int, limits: Limits) -> I
     header = next(feed, None)
     if header is None or feed.problem:
         if feed.problem and start == 0:
-            yield 1, 1, feed.problem
+            yield _Found(1, 1, feed.problem)
         return
     delimiter = max(_DELIMITERS, key=header.count)
     columns = next(csv.reader([header], delimiter=delimiter))
@@ -163,17 +172,17 @@ def _comma_separated(stream: io.BufferedReader, start: int, limits: Limits) -> I
         try:
             fields = next(reader, None)
         except csv.Error as error:
-            yield number, feed.number, f"is not CSV: {error}"
+            yield _Found(number, feed.number, f"is not CSV: {error}")
             continue
         if fields is None:
             return
         if feed.problem:
-            yield number, feed.number, feed.problem
+            yield _Found(number, feed.number, feed.problem)
         elif len(fields) != len(columns):
             if fields:  # else it is a blank line
-                yield number, feed.number, f"has {len(fields)} fields, and the first line {len(columns)}"
+                yield _Found(number, feed.number, f"has {len(fields)} fields, and the first line {len(columns)}")
         else:
-            yield number, feed.number, dict(zip(columns, fields, strict=True))
+            yield _Found(number, feed.number, dict(zip(columns, fields, strict=True)))
 
 
 class _Feed:
@@ -196,7 +205,9 @@ class _Feed:
 
 
 def _parquet(stream: io.BufferedReader, start: int, limits: Limits) -> Iterator[_Found]:
+    """A row group may be all there is, so that bytes would tell nothing."""
     file = pq.ParquetFile(cast("IO[Any]", stream))
+    total = file.metadata.num_rows
     number = 0
     for group in range(file.num_row_groups):
         size = file.metadata.row_group(group).num_rows
@@ -207,7 +218,7 @@ def _parquet(stream: io.BufferedReader, start: int, limits: Limits) -> Iterator[
             for row in batch.to_pylist():
                 number += 1
                 if number > start:
-                    yield number, number, _not_too_long(row, batch.nbytes, limits)
+                    yield _Found(number, number, _not_too_long(row, batch.nbytes, limits), number / total)
 
 
 def _not_too_long(row: Mapping[str, Any], most: int, limits: Limits) -> Mapping[str, Any] | str:

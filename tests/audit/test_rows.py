@@ -97,6 +97,13 @@ def test_rows_are_the_same_in_every_form(form: str, compression: str, tmp_path: 
     assert 0 < found[-1].read <= 1
 
 
+def test_how_much_of_a_table_is_read_is_told_by_its_rows(tmp_path: Path) -> None:
+    """Whose bytes may all be read for the first of them."""
+    path = tmp_path / "rows.parquet"
+    path.write_bytes(FORMS["parquet"])
+    assert [row.read for row in read(path)] == [place / len(ROWS) for place in range(1, len(ROWS) + 1)]
+
+
 def test_rows_are_told_by_the_line_on_which_they_begin(tmp_path: Path) -> None:
     """Blank lines are lines, and no rows; a text in quotes may have several."""
     (tmp_path / "a.csv").write_text('id,text\n1,"a\nb"\n\n2,c\n')
