@@ -7,8 +7,11 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
+from types import MappingProxyType
 from typing import Final
 
+from guard.errors import ConfigError
+from guard.policy.messages import did_you_mean
 from guard.training.data import Example
 from guard.types import Role, Turn
 
@@ -148,8 +151,12 @@ _CUT_SHARE: Final = 4.0
 class Augmenter:
     """Changes the judged turn of examples, by chance, in ways that keep their labels."""
 
-    def __init__(self, examples: Sequence[Example]) -> None:
-        """Harmless passages are put beside other texts; they are taken from users' turns among `examples`."""
+    def __init__(self, examples: Sequence[Example], shares: Mapping[str, float] = MappingProxyType({})) -> None:
+        """Harmless passages are put beside other texts; they are taken from users' turns among `examples`.
+
+        Ways that `shares` names are as often, beside the others, as it says. Raises ConfigError for one that is not
+        there, and where none is left.
+        """
         self._passages = [
             text
             for example in examples
@@ -157,9 +164,13 @@ class Augmenter:
             for text in (example.conversation.turns[-1].text,)
             if 40 <= len(text) <= 400
         ]
-        shares = _SHARES | ({"passage": _PASSAGE_SHARE} if self._passages else {})
-        self.names = tuple(shares)
-        self._bounds = list(accumulate(shares.values()))
+        usual = _SHARES | ({"passage": _PASSAGE_SHARE} if self._passages else {})
+        if unknown := sorted(shares.keys() - usual.keys() - {"passage"}):
+            raise ConfigError(f"disguises: there is no '{unknown[0]}'{did_you_mean(unknown[0], usual)}")
+        self.names = tuple(usual)
+        self._bounds = list(accumulate(shares.get(name, share) for name, share in usual.items()))
+        if not self._bounds[-1]:
+            raise ConfigError("disguises: none of them is left")
 
     def __call__(self, example: Example, rng: random.Random) -> Example:
         """The example with its judged turn changed in one way; a reply may be cut short instead."""

@@ -51,13 +51,14 @@ class Recipe(_Strict):
     """Which rows train a model, and how.
 
     `validation` is the share of groups held out of each source, `validation_rows` the most of them, of either label,
-    that are used; a share `augmented` of the others is changed in ways that keep the label. The model is the base's
-    first `blocks` blocks, of which the first `frozen_blocks` stay as they are; it is trained in float32 with products
-    in `precision`, of numbers `rounded` to int8 where it is to be served so. A run that goes on from another recipe's
-    takes a `first_epoch` that has not been, for another order. A step reads `tokens_per_step` tokens, packed into rows
-    of one of the `lengths`. The learning rate rises over `warmup_steps` and falls over the last `decay`, a share, of
-    the `steps`; in each block it is `block_decay` times that of the block above. `hazard_loss` is the weight of the
-    loss of all hazards beside that of `unsafe`.
+    that are used; a share `augmented` of the others is changed in ways that keep the label, each as often beside the
+    others as `disguises` says, or else guard.training.augment. The model is the base's first `blocks` blocks, of which
+    the first `frozen_blocks` stay as they are; it is trained in float32 with products in `precision`, of numbers
+    `rounded` to int8 where it is to be served so. A run that goes on from another recipe's takes a `first_epoch` that
+    has not been, for another order. A step reads `tokens_per_step` tokens, packed into rows of one of the `lengths`.
+    The learning rate rises over `warmup_steps` and falls over the last `decay`, a share, of the `steps`; in each block
+    it is `block_decay` times that of the block above. `hazard_loss` is the weight of the loss of all hazards beside
+    that of `unsafe`.
     """
 
     seed: int
@@ -65,6 +66,7 @@ class Recipe(_Strict):
     validation: Annotated[float, Field(ge=0, lt=1)]
     validation_rows: Annotated[int, Field(ge=0)]
     augmented: Annotated[float, Field(ge=0, le=1)]
+    disguises: dict[str, Annotated[float, Field(ge=0)]] = {}
     blocks: Annotated[int, Field(ge=1)]
     frozen_blocks: Annotated[int, Field(ge=0)]
     precision: Literal["bfloat16", "float32"]

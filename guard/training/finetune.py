@@ -236,7 +236,7 @@ def learning_rate(step: int, recipe: Recipe) -> float:
 def epoch(examples: Sequence[Example], tokenizer: ChatTokenizer, recipe: Recipe, number: int) -> list[Batch]:
     """All batches of an epoch, one a step; the recipe's seed and the epoch's number decide shuffling and changes."""
     rng = random.Random(f"{recipe.seed}:{number}")
-    augment = Augmenter(examples)
+    augment = Augmenter(examples, recipe.disguises)
     shuffled = rng.sample(examples, len(examples))
     changed = [augment(example, rng) if rng.random() < recipe.augmented else example for example in shuffled]
     plan = batches(changed, tokenizer, recipe.lengths, recipe.tokens_per_step)

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from guard.errors import ConfigError
 from guard.training.augment import DISGUISES, Augmenter
 from guard.training.data import Example
 from guard.types import Conversation, Role, Turn
@@ -51,3 +52,16 @@ def test_an_unsafe_reply_is_cut_late() -> None:
             if found != text and text.startswith(found):
                 seen.add(len(found.split()))
         assert least <= min(seen) < max(seen) < 100
+
+
+def test_a_recipe_may_say_how_often_each_is() -> None:
+    """Of what it does not name as often as ever; and a name that nobody knows is told."""
+    only, never = dict.fromkeys(DISGUISES, 0.0), {"passage": 0.0}
+    for shares, often in ((only, {2}), (never, {0, 1})):
+        augment = Augmenter([example()], shares)  # whose text is also the only passage
+        changed = [augment(example(), random.Random(seed)).conversation.turns[-1].text for seed in range(100)]
+        assert {text.count(_TEXT) for text in changed} == often
+    with pytest.raises(ConfigError, match=r"disguises: there is no 'pasage'; did you mean passage\?"):
+        Augmenter([example()], {"pasage": 1.0})
+    with pytest.raises(ConfigError, match="disguises: none of them is left"):
+        Augmenter([], only)
