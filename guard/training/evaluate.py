@@ -151,13 +151,22 @@ def curves(scores: Floats, positive: Bools) -> dict[str, Any]:
 
 
 def under(disguised: Mapping[str, Floats], examples: Sequence[Example], threshold: float = 0.5) -> dict[str, Any]:
-    """By the name of a disguise: `recall`, `fpr` and their Wilson `intervals`, of scores of `unsafe`, [rows] each."""
+    """By the name of a disguise: `recall`, `fpr` and their Wilson `intervals`, of scores of `unsafe`, [rows] each.
+
+    The first ones are of the plain rows; for the others `change` is how much their recall differs from that, with the
+    normal interval of a mean of differences, row by row.
+    """
     true = labels(examples)[0][:, 0]
-    found = {}
+    plain = next(iter(disguised.values()))[true] >= threshold
+    found: dict[str, Any] = {}
     for name, scores in disguised.items():
         hits = {"recall": scores[true] >= threshold, "fpr": scores[~true] >= threshold}
         shares: dict[str, Any] = {rate: float(rows.mean()) for rate, rows in hits.items()}
         intervals = {rate: wilson(int(rows.sum()), len(rows)) for rate, rows in hits.items()}
+        if found:
+            differences = hits["recall"].astype(float) - plain
+            change, error = differences.mean(), 1.96 * differences.std() / len(differences) ** 0.5
+            shares["change"], intervals["change"] = float(change), (float(change - error), float(change + error))
         found[name] = _rounded({"rows": len(scores), "positives": int(true.sum()), **shares, "intervals": intervals})
     return found
 

@@ -143,9 +143,14 @@ def operating_points(thresholds: Mapping[str, Any]) -> Table:
 
 
 def disguises(found: Mapping[str, Any]) -> Table:
-    """What `guard.training.evaluate.under` found, the plain rows first."""
-    rows = ((name.replace("_", " "), cell(own, "recall"), cell(own, "fpr")) for name, own in found.items())
-    return Table(("disguise", "recall", "FPR"), tuple(rows))
+    """What `guard.training.evaluate.under` found, the plain rows first; earlier versions told no change."""
+    titles = {"recall": "recall", "change": "beside plain", "fpr": "FPR"}
+    told = [name for name in titles if any(name in own for own in found.values())]
+    rows = (
+        (name.replace("_", " "), *(cell(own, column, signed=column == "change") for column in told))
+        for name, own in found.items()
+    )
+    return Table(("disguise", *(titles[column] for column in told)), tuple(rows))
 
 
 def cell(found: Mapping[str, Any], name: str, *, signed: bool = False) -> str:

@@ -65,6 +65,7 @@ def test_a_card_tells_what_the_files_say(directory: Path) -> None:
     assert " in: de 100.0 (" in flagged
     assert " in: it 0.0 (" in missed
     assert "| others | 100 |" in card
+    assert "| disguise | recall | beside plain | FPR |" in card
     assert "| random case | 0.0 (0.0–" in card
     assert "| `advbench` | en | MIT | busycalibrating/AdversariaLLM @ `f970939273ea` |" in card
     assert card.endswith("## Notes\n\nIt was made in a hurry.\n")

@@ -20,6 +20,7 @@ from guard.training.evaluate import (
     recount,
     threshold_at,
     thresholds,
+    under,
 )
 from guard.types import Conversation, Role, Turn
 
@@ -215,3 +216,17 @@ def test_curves_say_what_plots_show() -> None:
     assert [bin["unsafe"] for bin in found["reliability"]] == [float(label) for label in POSITIVE[::-1]]
     assert [bin["score"] for bin in found["reliability"]] == pytest.approx(SCORES[::-1])
     assert (found["precision_recall"]["recall"][0], found["precision_recall"]["precision"][0]) == (1, 0.5)
+
+
+def test_disguises_are_told_beside_plain_rows() -> None:
+    """Row by row: what they change is more certain than what either recall is."""
+    scores, positive = noisy(2000)
+    examples = [example(number, bool(unsafe)) for number, unsafe in enumerate(positive)]
+    found = under({"plain": scores, "weaker": np.where(np.arange(2000) % 20, scores, 0.0)}, examples)
+    plain, weaker = found["plain"], found["weaker"]
+    assert "change" not in plain
+    assert weaker["change"] == pytest.approx(weaker["recall"] - plain["recall"], abs=1e-4)
+    low, high = weaker["intervals"]["change"]
+    assert -0.08 < low < weaker["change"] < high < -0.01
+    assert high - low < 0.7 * (plain["intervals"]["recall"][1] - plain["intervals"]["recall"][0])
+    assert weaker["fpr"] < plain["fpr"]
