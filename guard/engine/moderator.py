@@ -38,6 +38,7 @@ _BATCH_TOKENS = {
     "remote": 16384,
 }  # where larger batches hardly gain throughput, and only add waiting
 _TOKEN_CHARACTERS = 4  # of a token, about
+_LONG = 2**16  # characters from which on a conversation takes so long to prepare that others should not wait for it
 
 
 class Moderator:
@@ -68,6 +69,7 @@ class Moderator:
         self.policies = policies
         self._token_ends = classifier.token_ends
         self._tokenising = ThreadPoolExecutor(1, thread_name_prefix="tokenise")
+        self._tokenising_long = ThreadPoolExecutor(1, thread_name_prefix="tokenise-long")
         self._thread = thread or model_thread()
         self._shared = shared
         self._batcher = Batcher(
@@ -146,12 +148,13 @@ class Moderator:
         judges = (choice.policy,) if choice.beside is None else (choice.policy, choice.beside)
         characters = sum(len(turn.text) for turn in conversation.turns)
         size = min(max(0, characters - known) // _TOKEN_CHARACTERS, self.model.max_tokens)
+        thread = self._tokenising
+        if characters >= _LONG:
+            thread, size = self._tokenising_long, 0  # it comes so late that the model is free for others until then
         started = time.monotonic()
         with self._batcher.arriving(lane, size):  # refuses before anything is spent
             loop = asyncio.get_running_loop()
-            reading = await loop.run_in_executor(
-                self._tokenising, self._reader.read, conversation, judges, policies.heads
-            )
+            reading = await loop.run_in_executor(thread, self._reader.read, conversation, judges, policies.heads)
         timings = Timings(tokenise=time.monotonic() - started)
         found: list[Sequence[Scores] | None] = []
         for each in reading.passes:
@@ -188,6 +191,7 @@ class Moderator:
         """Ends the threads; blocks for the batch that the model may be at."""
         self._thread.shutdown()
         self._tokenising.shutdown()
+        self._tokenising_long.shutdown()
 
 
 def batch_tokens(settings: Settings, model: ModelInfo) -> int:

@@ -64,6 +64,9 @@ _FIGURE_WITHIN: Final = re.compile(r"[^\W\d_][013457@$]+[^\W\d_]")
 _CASED: Final = re.compile("[A-Za-z]{2,}")
 _CHANGE: Final = re.compile("(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[a-z])")
 
+# A long text in pieces that end with a line, or else with a word: what is looked at as a whole is never dear then.
+_PIECE: Final = re.compile(r"(?s).{1,16383}(?:\n|\Z)|.{1,16383}\s|.{1,16384}")
+
 _WORD: Final = re.compile("[A-Za-zÀ-ɏͰ-ԯḀ-ỿἀ-῿]{3,}")
 # What stands within words of ordinary print though NFKC changes it: µ, ª and others of Latin-1, ligatures, and ™.
 _PRINT: Final = {
@@ -97,9 +100,14 @@ def undisguise(text: str) -> str:
     """The text normalised, if that changes any word of three letters or more; otherwise as it is.
 
     So what ordinary text holds – full-width punctuation, ligatures, odd spaces, emoji – is not worth a second reading.
+    Of a long text that is decided for each 16,384 characters or so: what is disguised there may be the least of it.
     """
-    plain = normalise(text)
-    return text if _words(plain) == _words(text) else plain
+    return "".join(map(_undisguised, _PIECE.findall(text)))
+
+
+def _undisguised(piece: str) -> str:
+    plain = normalise(piece)
+    return piece if _words(plain) == _words(piece) else plain
 
 
 def _pass(text: str) -> str:

@@ -1,6 +1,7 @@
 """From a conversation to a decision: with a small stand-in for the model, and with the embedded one where it counts."""
 
 import asyncio
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,10 +26,13 @@ from guard.types import (
     Action,
     Conversation,
     Decision,
+    Described,
     Lane,
+    LongInput,
     Revision,
     Role,
     Scores,
+    Tokens,
     Turn,
 )
 from tests.causal import TOKENIZER, WINDOW, CausalModel, scores_after
@@ -90,6 +94,34 @@ def judge(judged: Conversation, policy: str = "") -> Decision:
 
 texts = st.text(max_size=60) | st.lists(st.sampled_from(["Hi!", "bоmb", "k\u200bill", "g u n s"])).map(" and ".join)
 turns = st.lists(st.builds(Turn, st.sampled_from(Role), texts), min_size=1, max_size=12).map(tuple)
+
+
+class Slow(CausalModel):
+    """Is held up by long texts, until it is let go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_held, self.may_go = threading.Event(), threading.Event()
+
+    def tokenise(
+        self, conversation: Conversation, long_input: LongInput = "head-tail", asked: tuple[Described, ...] = ()
+    ) -> tuple[Tokens, ...]:
+        if len(conversation.turns[-1].text) > 100_000:
+            self.is_held.set()
+            self.may_go.wait()
+        return super().tokenise(conversation, long_input, asked)
+
+
+async def test_nobody_waits_for_what_is_made_of_a_long_text() -> None:
+    """Which may be megabytes of somebody else's."""
+    model = Slow()
+    with moderator(model) as made:
+        long = asyncio.create_task(made.judge(Conversation((Turn(Role.USER, "Hi! " * 30_000),), 0)))
+        await asyncio.to_thread(model.is_held.wait)
+        await made.judge(Conversation((Turn(Role.USER, "Hi!"),), 0))
+        assert not long.done()
+        model.may_go.set()
+        assert (await long).verdicts[0].coverage.total > 30_000
 
 
 @given(turns)

@@ -200,3 +200,14 @@ def test_letters_are_joined_where_one_thing_parts_them(text: str, plain: str) ->
 def test_base64_of_any_script_is_read(text: str) -> None:
     """A short one where its padding tells what it is."""
     assert normalise(b64encode(text.encode()).decode()) == normalise(text)
+
+
+def test_what_is_disguised_in_a_long_text_is_read() -> None:
+    """Though it be the least of it; and the rest stays as it is."""
+    before = "It rained all day in Brüssel, and nobody minded the ﬁsh.\n" * 1000
+    after = "word" * 10_000
+    for disguise in DISGUISES.values():
+        plain = undisguise(f"{before}{disguise(SENTENCE)}\n{after}")
+        assert plain.startswith(before[:30_000])
+        assert plain.endswith(after[-20_000:])
+        assert SENTENCE.lower() in plain.lower()
