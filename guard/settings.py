@@ -86,7 +86,7 @@ class Settings(BaseModel):
     threads: NonNegativeInt = 0
     """Processor threads of the model; 0 takes all."""
     max_batch_tokens: PositiveInt | None = None
-    """Tokens of one pass of the model; by default 512 on a CPU and 4,096 on CUDA."""
+    """Tokens of one pass of the model; by default 512 on a CPU (an audit: 1,024) and 4,096 on CUDA."""
     max_queue_seconds: PositiveFloat = 2.0
     """How long the queue may be, at the speed measured; beyond it online calls are refused and bulk work waits."""
 

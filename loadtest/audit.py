@@ -1,6 +1,7 @@
 """Audits labelled rows in three shapes, and tells what that costs beside the engine alone and a plain loop.
 
     python -m loadtest.audit DATA --rows 2000            the embedded model: speed, and what the rest of an audit costs
+    python -m loadtest.audit DATA --rows 200000 --split      the same at length: a third of the rows in each shape
     python -m loadtest.audit DATA --rows 200000 --blocks 1   only its first block: how memory goes with many rows
     python -m loadtest.audit DATA --rows 3000 --kill 10  kill -9 at random moments, and whether that changed anything
     python -m loadtest.audit DATA --rows 600 --ray 1 2   on a Ray cluster of this machine, by so many workers
@@ -31,7 +32,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from guard.audit.output import part_files, read_manifest
 from guard.engine.batcher import Batcher
@@ -44,7 +44,8 @@ from guard.types import Conversation, Lane, Role, Tokens, Turn
 
 _CHATS = {"user": "user", "agent": "assistant"}
 _SHAREGPT = {"user": "human", "agent": "gpt"}
-_SAMPLE = 200  # rows that the plain loop and the engine alone are measured on
+_SAMPLE = 200  # rows that the plain loop is measured on
+_AT_HAND = 2000  # rows, at most, that the engine alone is measured on
 
 Rows = Sequence[dict[str, Any]]
 
@@ -188,7 +189,7 @@ class Engine:
         return sum(len(one.ids) for windows in requests for one in windows) / (time.monotonic() - started)
 
 
-def plain_rate(model: Path, requests: Sequence[tuple[Tokens, ...]], folder: Path) -> float:
+def plain_rate(model: Path, requests: Sequence[tuple[Tokens, ...]], folder: Path, dtype: torch.dtype) -> float:
     """Tokens a second of transformers in a loop, a conversation at a time."""
     from safetensors.torch import save_file
     from transformers import LlamaModel
@@ -196,10 +197,10 @@ def plain_rate(model: Path, requests: Sequence[tuple[Tokens, ...]], folder: Path
     tensors = load_tensors(model, torch.float32)
     for name in ("score.weight", "score.bias"):
         del tensors[name]
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(dict(read_checkpoint(model).config)), encoding="utf-8")
-    reference = LlamaModel.from_pretrained(folder, dtype=torch.float32).eval()
+    reference = LlamaModel.from_pretrained(folder, dtype=dtype).eval()
     windows = [one for windows in requests for one in windows]
     with torch.inference_mode():
         reference(torch.tensor([windows[0].ids]), use_cache=False)
@@ -213,32 +214,28 @@ def _conversation(row: dict[str, Any]) -> Conversation:
     return Conversation(tuple(Turn(Role(turn["role"]), turn["content"]) for turn in row["turns"]), None)
 
 
-def speed(rows: Rows, model: Path, folder: Path, wanted: str) -> None:
-    table = Table("shape", "rows", "turns", "rows/s", "tokens/s", "of the engine alone", "peak MiB")
+def speed(rows: Rows, model: Path, folder: Path, wanted: str, split: bool) -> None:
+    console = Console(width=120)
     engine = Engine(model)
-    requests = engine.tokenised(rows[: max(_SAMPLE, len(rows) // 4)])
+    requests = engine.tokenised(rows[: min(max(_SAMPLE, len(rows) // 4), _AT_HAND)])
     engine.rate(requests[:_SAMPLE])  # warms up
-    for name, write in SHAPES.items():
+    console.print(f"{'shape':26} {'rows':>7} {'turns':>7} {'rows/s':>7} {'tokens/s':>8}  of the engine alone   peak")
+    for number, (name, write) in enumerate(SHAPES.items()):
         if wanted not in name:
             continue
+        source = write(rows[number :: len(SHAPES)] if split else rows, folder)
         alone = engine.rate(requests)
-        found = audit(write(rows, folder), folder / "out", model)
+        found = audit(source, folder / "out", model)
         alone = (alone + engine.rate(requests)) / 2
         rate = found.tokens / found.seconds
-        table.add_row(
-            name,
-            f"{found.conversations:,}",
-            f"{found.turns:,}",
-            f"{found.conversations / found.seconds:,.2f}",
-            f"{rate:,.0f}",
-            f"{rate / alone:.0%} of {alone:,.0f}",
-            f"{found.memory:,.0f}",
+        console.print(
+            f"{name:26} {found.conversations:7,} {found.turns:7,} {found.conversations / found.seconds:7,.1f}"
+            f" {rate:8,.0f}  {rate / alone:>8.0%} of {alone:7,.0f} {found.memory:6,.0f} MiB"
         )
         shutil.rmtree(folder / "out")
-    plain = plain_rate(model, requests[:_SAMPLE], folder / "plain")
-    console = Console(width=120)
-    console.print(table)
-    console.print(f"transformers in a loop, {_SAMPLE} of the rows: {plain:,.0f} tokens/s")
+    for dtype in (torch.float32, torch.bfloat16):
+        plain = plain_rate(model, requests[:_SAMPLE], folder / "plain", dtype)
+        console.print(f"transformers in a loop, {dtype}, {_SAMPLE} of the rows: {plain:,.0f} tokens/s")
 
 
 def killed(rows: Rows, model: Path, folder: Path, times: int) -> None:
@@ -278,6 +275,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2000)
     parser.add_argument("--blocks", type=int, help="of the embedded model; by default all")
     parser.add_argument("--shape", default="", help="only those with this in their name")
+    parser.add_argument(
+        "--split", action="store_true", help="a third of the rows in each shape, not all in all of them"
+    )
     parser.add_argument("--kill", type=int, metavar="TIMES")
     parser.add_argument("--ray", type=int, nargs="+", metavar="WORKERS")
     given = parser.parse_args()
@@ -290,7 +290,7 @@ def main() -> None:
         elif given.ray:
             on_ray(rows, model, folder, given.ray)
         else:
-            speed(rows, model, folder, given.shape)
+            speed(rows, model, folder, given.shape, given.split)
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ class Recipe:
         judge = Judge(
             classifier,
             policies,
-            max_batch_tokens=batch_tokens(self.settings, classifier.info),
+            max_batch_tokens=batch_tokens(self.settings, classifier.info, bulk=True),
             by_row=self.by_row,
             compare=compare,
             text=self.text,

@@ -37,6 +37,7 @@ _BATCH_TOKENS = {
     "cuda": 4096,
     "remote": 16384,
 }  # where larger batches hardly gain throughput, and only add waiting
+_BULK_TOKENS = {**_BATCH_TOKENS, "cpu": 1024}  # a twentieth faster where nobody waits; not measured on the others
 _TOKEN_CHARACTERS = 4  # of a token, about
 _LONG = 2**16  # characters from which on a conversation takes so long to prepare that others should not wait for it
 
@@ -194,9 +195,9 @@ class Moderator:
         self._tokenising_long.shutdown()
 
 
-def batch_tokens(settings: Settings, model: ModelInfo) -> int:
-    """Tokens of one pass: those of the settings, or what suits the model's device."""
-    return settings.max_batch_tokens or _BATCH_TOKENS[model.device.partition(":")[0]]
+def batch_tokens(settings: Settings, model: ModelInfo, *, bulk: bool = False) -> int:
+    """Tokens of one pass: those of the settings, or what suits the model's device; more in `bulk`, for nobody waits."""
+    return settings.max_batch_tokens or (_BULK_TOKENS if bulk else _BATCH_TOKENS)[model.device.partition(":")[0]]
 
 
 def model_thread() -> ThreadPoolExecutor:
