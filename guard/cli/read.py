@@ -7,6 +7,7 @@ from typing import BinaryIO
 
 from google.protobuf.json_format import ParseDict, ParseError
 
+from guard import messages
 from guard.errors import InputError
 from guard.v1 import moderation_pb2 as pb
 
@@ -52,10 +53,7 @@ def conversation(document: object) -> pb.CheckRequest:
     if "text" in forms:
         turns = [_turn("turns[0]", fields.pop("role", "user"), fields.pop("text"))]
     elif "messages" in forms:
-        turns = [
-            _turn(place, message.get("role"), _content(place, message.get("content")))
-            for place, message in _objects("messages", fields.pop("messages"))
-        ]
+        turns = [_turn("messages", turn.role, turn.text) for turn in messages.turns(fields.pop("messages"))]
     else:
         turns = [
             _turn(place, turn.get("role"), turn.get("text"))
@@ -126,18 +124,6 @@ def _objects(field: str, value: object) -> Iterator[tuple[str, Mapping[str, obje
     for index, item in enumerate(value):
         path = f"{field}[{index}]"
         yield path, _object(path, item)
-
-
-def _content(field: str, content: object) -> object:
-    """The text of a chat API's message: a string, text parts, or null where it only calls tools."""
-    if content is None:
-        return ""
-    if isinstance(content, list):
-        parts = [part.get("text") for _, part in _objects(f"{field}.content", content)]
-        if not all(isinstance(part, str) for part in parts):
-            raise InputError(f"{field}.content", "holds a part that is not text")
-        return "\n".join(map(str, parts))
-    return content
 
 
 def _turn(field: str, role: object, text: object) -> pb.Turn:

@@ -16,10 +16,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, TextIO, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PlainValidator, ValidationError
 from pydantic_core import from_json
 
-from guard.errors import ConfigError
+from guard import messages
+from guard.errors import ConfigError, InputError
 from guard.training.data import Example, Record
 from guard.types import HAZARDS, Conversation, Role, Turn
 
@@ -59,23 +60,8 @@ def _hazard(code: str) -> str:
     return code
 
 
-def _content(content: object) -> object:
-    """The text of a chat API's message: a string, text parts, or null where it only calls tools."""
-    if isinstance(content, list):
-        texts = [part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)]
-        if len(texts) < len(content):
-            raise ValueError("holds a part that is not text")
-        return "\n".join(texts)
-    return "" if content is None else content
-
-
 _AnyRole = Annotated[Role, BeforeValidator(lambda role: _ROLES.get(str(role), role))]
 _Categories = frozenset[Annotated[str, AfterValidator(_hazard)]]
-
-
-class _Message(BaseModel):
-    role: _AnyRole
-    content: Annotated[str, BeforeValidator(_content)] = ""
 
 
 class _Labelled(BaseModel):
@@ -86,10 +72,10 @@ class _Labelled(BaseModel):
 
 
 class _Chat(_Labelled):
-    messages: Annotated[tuple[_Message, ...], Field(min_length=1)]
+    messages: Annotated[tuple[Turn, ...], PlainValidator(messages.turns)]
 
     def turns(self) -> tuple[Turn, ...]:
-        return tuple(Turn(message.role, message.content) for message in self.messages)
+        return self.messages
 
 
 class _Row(_Labelled):
@@ -153,6 +139,8 @@ def _table(file: TextIO, path: Path) -> Iterator[Example]:
 def _checked(validate: Callable[[_Given], _Read], given: _Given, path: Path, number: int) -> _Read:
     try:
         return validate(given)
+    except InputError as error:
+        raise ConfigError(f"{path}:{number}: {error}") from None
     except ValidationError as error:  # which quotes what it was given
         problems = (
             f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}".removeprefix(": ")

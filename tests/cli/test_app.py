@@ -70,8 +70,8 @@ async def test_a_wrong_policy_is_told_by_its_place(tmp_path: Path) -> None:
         (b'{"turns": [{"text": "hello"}]}', "turns[0].role: should be user, agent, system or tool"),
         (b'{"turns": [{"role": "user", "text": 1}]}', "turns[0].text: should be a string"),
         (
-            b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}',
-            "messages[0].content: holds a part that is not text",
+            b'{"messages": [{"role": "user", "content": [{"type": "text", "text": 1}]}]}',
+            "messages[0].content[0].text: should be a string",
         ),
         (b'{"text": "hello", "turns": []}', "request: should have one of text, turns"),
         (b'{"text": "hello", "target": "x"}', "request: Failed to parse target field"),

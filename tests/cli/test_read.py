@@ -47,3 +47,18 @@ def test_the_three_forms_of_a_conversation_are_the_same_request() -> None:
     text = {"text": "Hi!", "role": "ROLE_AGENT", "policy": "strict"}
     expected = pb.CheckRequest(turns=[pb.Turn(role=pb.ROLE_AGENT, text="Hi!")], policy="strict")
     assert [read.conversation(form) for form in (turns, messages, text)] == [expected] * 3
+
+
+def test_messages_are_read_as_the_service_reads_them() -> None:
+    """Calls of tools are text that is judged; pictures are passed over."""
+    call = {"type": "function", "function": {"name": "pay", "arguments": '{"to": "Ann"}'}}
+    said = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}, {"text": "Pay Ann."}]},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+    ]
+    assert read.conversation({"messages": said}).turns == [
+        pb.Turn(role=pb.ROLE_SYSTEM, text="Be brief."),
+        pb.Turn(role=pb.ROLE_USER, text="Pay Ann."),
+        pb.Turn(role=pb.ROLE_AGENT, text='pay {"to": "Ann"}'),
+    ]
