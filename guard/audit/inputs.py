@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
+from itertools import takewhile
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO, Literal, cast
@@ -31,6 +32,7 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
 
 _MAGIC = "*?["
 _HEAD = 2**20  # bytes
+_LINES = 200  # of standard input, more than what shows a shape
 
 
 def _standard_input() -> "io.BufferedReader[Any]":
@@ -39,7 +41,29 @@ def _standard_input() -> "io.BufferedReader[Any]":
 
 @lru_cache(maxsize=1)
 def _peekable(raw: Any) -> "io.BufferedReader[Any]":
-    return io.BufferedReader(raw, _HEAD)
+    return io.BufferedReader(_Piped(raw), _HEAD)
+
+
+class _Piped(io.RawIOBase):
+    """Waits at first for as much as shows a shape, since a pipe may bring it in any pieces."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._raw = raw
+        self._is_begun = False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        size = lines = 0
+        while piece := self._raw.read(len(buffer) - size):
+            buffer[size : size + len(piece)] = piece
+            size += len(piece)
+            lines += piece.count(b"\n")
+            if self._is_begun or size == len(buffer) or lines >= _LINES:
+                break
+        self._is_begun = True
+        return size
 
 
 def _zstandard(raw: BinaryIO) -> BinaryIO:
@@ -73,7 +97,7 @@ class Input:
     modified: str | None = None
 
     def head(self) -> bytes:
-        """Of standard input what has come of it by now, or comes first; it can still be read from its beginning."""
+        """The beginning of standard input, which can still be read from there: lines enough to show what they are."""
         return _standard_input().peek(_HEAD)
 
     @contextmanager
@@ -99,13 +123,15 @@ def find_inputs(arguments: Iterable[str], format: str | None = None, out: Path |
     found: dict[str, Input] = {}
     for argument in arguments:
         for one in _found(argument, FORMATS[format] if format else None):
-            if out is None or not Path(one.path).is_relative_to(out.resolve()):
+            if out is None or not Path(one.path).resolve().is_relative_to(out.resolve()):
                 found.setdefault(one.path, one)
     return tuple(found.values())
 
 
 def _found(argument: str, format: Format | None) -> Iterator[Input]:
     if argument == STDIN:
+        if format == "parquet":
+            raise ConfigError("-: Parquet is read from its end, which standard input has not; name a file")
         yield Input(STDIN, STDIN, format or "jsonl")
         return
     try:
@@ -124,14 +150,29 @@ def _found(argument: str, format: Format | None) -> Iterator[Input]:
     except OSError as error:
         raise ConfigError(f"{argument}: cannot be read: {error.strerror or type(error).__name__}") from None
     many = is_glob or files.isdir(path)
+    below = len([*takewhile(lambda part: not (is_glob and any(map(part.__contains__, _MAGIC))), Path(path).parts)])
     inputs = [
         one
         for name, about in sorted(listed.items())
-        if about["type"] == "file" and (one := _input(files, argument, name, about, format, chosen=not many))
+        if not (many and any(part.startswith(".") for part in Path(name).parts[below:]))
+        and (file := _file(files, name, about))
+        and (one := _input(files, argument, name, file, format, chosen=not many))
     ]
+    if not inputs and not many:
+        raise ConfigError(f"{argument}: is no file; what comes through a pipe is read from standard input, -")
     if not inputs:
         raise ConfigError(f"{argument}: holds nothing to read, which would end in {_endings()}")
     yield from inputs
+
+
+def _file(files: Any, name: str, about: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What is known of a file, or of the one that a link leads to; None for all else."""
+    if about.get("islink"):  # in a list it is told of the link
+        try:
+            about = files.info(name)
+        except FileNotFoundError:  # which whoever reads it will tell
+            return about
+    return about if about["type"] == "file" else None
 
 
 def _input(
@@ -141,7 +182,7 @@ def _input(
     *_, ending = stem_parts = Path(name).name.lower().split(".")
     compression = ending if len(stem_parts) > 1 and ending in _COMPRESSIONS else None
     known = FORMATS.get(stem_parts[-2 if compression else -1]) if len(stem_parts) > 1 else None
-    if not chosen and (Path(name).name.startswith(".") or known is None):
+    if not chosen and known is None:
         return None
     if format is None and known is None:
         raise ConfigError(f"{argument}: expected a name that ends in {_endings()}; or say --format")

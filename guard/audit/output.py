@@ -234,7 +234,7 @@ def _resumed(folder: Path, facts: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The parts that are there, with all else taken away. Raises ConfigError."""
     if (folder / FACTS).exists():
         _check_same(folder, read_facts(folder), json.loads(json.dumps(facts)))
-    elif others := sorted(path.name for path in folder.iterdir() if path.name not in (PARTS, _LOCK)):
+    elif others := sorted(path.name for path in folder.iterdir() if path.name not in (PARTS, _LOCK, f".{FACTS}")):
         raise ConfigError(f"{folder}: expected an empty folder or an audit, found {others[0]}")
     try:
         if not (folder / FACTS).exists():

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from guard.audit import group
-from guard.audit.inputs import STDIN, Input
+from guard.audit.inputs import STDIN, Input, find_inputs
 from guard.audit.records import Place, Position, Record, Reject, Window
 from guard.audit.rows import Limits, Row, first, rows
 from guard.audit.shapes import Said, Shape
@@ -119,6 +119,10 @@ def read_again(facts: Mapping[str, Any], out: Path) -> Callable[[Collection[Plac
     def found(places: Collection[Place]) -> Mapping[Place, Sequence[Turn]]:
         if STDIN in [source.url for source in inputs]:
             raise ConfigError(f"{out}: its texts came from standard input, and were kept by nobody; audit --with-text")
+        for source in inputs:
+            (now,) = find_inputs([source.path], source.format)
+            if (now.size, now.modified) != (source.size, source.modified):
+                raise ConfigError(f"{source.url}: has changed since it was audited; its texts may be others now")
         logs.gather(Stop())
         records = (item for window in logs.windows(Position(), 2**20) for item in window.items)
         said = {item.place: item.turns for item in records if isinstance(item, Record) and item.place in places}

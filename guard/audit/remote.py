@@ -1,6 +1,6 @@
 """Judges through a running server, on its bulk lane: who waits online there goes first."""
 
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,14 +60,12 @@ class Remote:
 
     def judged(self, source: Source, start: Position, stop: Stop) -> Iterator[Judged]:
         windows = source.windows(start, _WINDOW)
-        asked: deque[_Asked] = deque()
-        by_number: dict[int, _Asked] = {}
+        asked: dict[int, _Asked] = {}  # by their numbers, in that order
 
         def requests() -> Iterator[pb.CheckManyRequest]:
             for number, window in enumerate(windows):
                 records = [(place, item) for place, item in enumerate(window.items) if isinstance(item, Record)]
-                by_number[number] = one = _Asked(window, len(records))
-                asked.append(one)
+                asked[number] = one = _Asked(window, len(records))
                 for place, record in records:
                     request = self._request(record)
                     if request.ByteSize() <= _LARGEST:
@@ -78,13 +76,11 @@ class Remote:
         for answer in self._client.check_many(requests()):
             stop.check()
             number, place = map(int, answer.id.split("/"))
-            one = by_number[number]
+            one = asked[number]
             one.answers[place] = _answered(one.window.items[place], answer)
-            while asked and asked[0].is_answered:
-                yield self._tell(asked.popleft())
-            if one.is_answered:
-                del by_number[number]
-        yield from map(self._tell, asked)  # in which nothing was left to ask
+            while asked and asked[first := next(iter(asked))].is_answered:
+                yield self._tell(asked.pop(first))
+        yield from map(self._tell, asked.values())  # in which nothing was left to ask
 
     def _request(self, record: Record) -> pb.CheckConversationRequest:
         return conversation_request(

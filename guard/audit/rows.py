@@ -6,9 +6,9 @@ import io
 import json
 import lzma
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from types import MappingProxyType
 from typing import IO, Any, BinaryIO, NamedTuple, cast
@@ -23,6 +23,17 @@ _BUFFER = 2**16  # bytes
 _BATCH = 64  # rows of Parquet that are taken at once
 _WIDE = ("utf-16", "utf-32")  # of which a line cannot be told by its bytes
 _DELIMITERS = ",;\t|"
+_UNREADABLE = (
+    OSError,
+    EOFError,
+    ValueError,
+    OverflowError,
+    csv.Error,
+    pa.ArrowException,
+    ijson.JSONError,
+    lzma.LZMAError,
+    zlib.error,
+)
 
 
 class Row(NamedTuple):
@@ -76,7 +87,7 @@ def rows(source: Input, start: int, limits: Limits) -> Iterator[Row]:
                     yield Row(number, after, None, content, read=share)
                 else:
                     yield Row(number, after, content, read=share)
-    except (OSError, EOFError, ValueError, pa.ArrowException, ijson.JSONError, lzma.LZMAError, zlib.error) as error:
+    except _UNREADABLE as error:
         yield Row(after + 1, after, None, f"from here on it cannot be read: {_why(error)}", rest=True, read=1.0)
 
 
@@ -113,7 +124,7 @@ def first(source: Input, limits: Limits, count: int) -> list[Mapping[str, Any]]:
 
 
 def _fields(head: bytes, format: Format, limits: Limits) -> Iterator[Mapping[str, Any] | None]:
-    with suppress(ijson.JSONError):  # it is cut anywhere
+    with suppress(*_UNREADABLE):  # it is cut anywhere
         for _, _, row, _ in _READERS[format](io.BufferedReader(_Pieces(io.BytesIO(head))), 0, limits):
             yield None if isinstance(row, str) else row
 
@@ -123,6 +134,8 @@ def _why(error: Exception) -> str:
         return error.strerror
     if isinstance(error, UnicodeError):
         return f"is not {getattr(error, 'encoding', 'Unicode')}"
+    if isinstance(error, ijson.JSONError):  # which quotes what it read
+        return "is not JSON"
     return f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
 
 
@@ -134,12 +147,30 @@ def _json_lines(stream: io.BufferedReader, start: int, limits: Limits) -> Iterat
 
 def _json(stream: io.BufferedReader, start: int, limits: Limits) -> Iterator[_Found]:
     """Lines, or one array of rows, whichever it begins as."""
-    if not stream.peek(64).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
-        yield from _json_lines(stream, start, limits)
+    encoding = _encoding(stream, limits)
+    if not stream.peek(64)[:64].decode(encoding, "ignore").lstrip().startswith("["):
+        yield from _json_lines(stream, start, replace(limits, encoding=encoding))
         return
-    for number, row in enumerate(ijson.items(stream, "item", use_float=True), 1):
+    text = stream if encoding == "utf-8" else _Utf8(stream, encoding)
+    for number, row in enumerate(ijson.items(text, "item"), 1):
         if number > start:
             yield _Found(number, number, row if isinstance(row, dict) else "should be a JSON object")
+
+
+class _Utf8:
+    """Text of another encoding, for the reader of JSON arrays."""
+
+    def __init__(self, stream: io.BufferedReader, encoding: str) -> None:
+        self._stream = stream
+        self._decode = codecs.getincrementaldecoder(encoding)().decode
+
+    def read(self, size: int = -1) -> bytes:
+        """Nothing is the end, which half a character is not."""
+        while piece := self._stream.read(size):
+            if text := self._decode(piece):
+                return text.encode(errors="surrogatepass")
+        self._decode(b"", True)
+        return b""
 
 
 def _object(line: str) -> Mapping[str, Any] | str:
@@ -215,10 +246,27 @@ def _parquet(stream: io.BufferedReader, start: int, limits: Limits) -> Iterator[
             number += size
             continue
         for batch in file.iter_batches(_BATCH, row_groups=[group]):
-            for row in batch.to_pylist():
+            for row in _values(batch):
                 number += 1
                 if number > start:
-                    yield _Found(number, number, _not_too_long(row, batch.nbytes, limits), number / total)
+                    content = row if isinstance(row, str) else _not_too_long(row, batch.nbytes, limits)
+                    yield _Found(number, number, content, number / total)
+
+
+def _values(batch: pa.RecordBatch) -> Sequence[Mapping[str, Any] | str]:
+    """The rows of a batch, or what is wrong with single ones: a time in no year that Python knows, bytes for text."""
+    schema = pa.schema([field.with_type(_readable(field.type)) for field in batch.schema])
+    try:
+        return batch.cast(schema, safe=False).to_pylist()
+    except _UNREADABLE as error:
+        if batch.num_rows == 1:
+            return [f"cannot be read: {type(error).__name__}"]
+        return [row for place in range(batch.num_rows) for row in _values(batch.slice(place, 1))]
+
+
+def _readable(kind: Any) -> Any:
+    """That type; of times in nanoseconds, which Python has not, the one in microseconds."""
+    return pa.timestamp("us", kind.tz) if pa.types.is_timestamp(kind) and kind.unit == "ns" else kind
 
 
 def _not_too_long(row: Mapping[str, Any], most: int, limits: Limits) -> Mapping[str, Any] | str:
@@ -232,14 +280,20 @@ class _Bad(NamedTuple):
     problem: str
 
 
-def _lines(stream: io.BufferedReader, limits: Limits) -> Iterator[tuple[int, str | _Bad]]:
-    """Number and text of each line; one that is too long is not held. Raises UnicodeError for text of wide units."""
+def _encoding(stream: io.BufferedReader, limits: Limits) -> str:
+    """What the byte order mark tells, which is passed over where it is no part of the encoding; or else the limits."""
     begins = stream.peek(4)
     if begins.startswith(codecs.BOM_UTF8):
         stream.read(len(codecs.BOM_UTF8))
-    encoding = codecs.lookup(limits.encoding).name
+        return "utf-8"
     if begins.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        encoding = "utf-16"
+        return "utf-16"
+    return codecs.lookup(limits.encoding).name
+
+
+def _lines(stream: io.BufferedReader, limits: Limits) -> Iterator[tuple[int, str | _Bad]]:
+    """Number and text of each line; one that is too long is not held. Raises UnicodeError for text of wide units."""
+    encoding = _encoding(stream, limits)
     if encoding.startswith(_WIDE):
         wide = io.TextIOWrapper(stream, encoding, newline="\n")
         try:

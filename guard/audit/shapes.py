@@ -2,9 +2,10 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from decimal import Decimal
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, cast
 
@@ -69,6 +70,10 @@ _ROLES: Mapping[str, Role] = MappingProxyType(
 _WORDS = {Role.USER: "user", Role.AGENT: "assistant", Role.SYSTEM: "system", Role.TOOL: "tool"}  # of chat APIs
 _SPEAKER, _SAID = ("role", "from", "speaker", "author"), ("content", "text", "value")
 _SECONDS = re.compile(r"\d{9,19}(\.\d+)?")  # since 1970: of 9 digits and more, so that a year is none
+_DIGITS = re.compile(r"(19|20)\d{12}")  # of a date and a time; as milliseconds they would be after 2570
+_YEARS = range(1970, 2200)  # others stand for none, as the year 1 and 9999 do
+_AMBIGUOUS = ("author", "sender", "from")  # often people's names, or addresses
+_NOTHING = (None, "")
 MAX_TURNS = 1000
 
 
@@ -120,11 +125,9 @@ class Shape:
         if isinstance(record, Reject):
             return record
         order = self._at(row, "turn")
-        try:
-            number = None if order in (None, "") else float(order)
-        except (TypeError, ValueError):
+        if not _is_number(order):
             return Reject(place, f"{self.columns['turn']}: should be a number")
-        return Said(record.id, number, record)
+        return Said(record.id, None if order in _NOTHING else float(order), record)
 
     def _turns(self, row: Mapping[str, Any]) -> Iterable[Turn]:
         match self.kind:
@@ -134,7 +137,8 @@ class Shape:
                 if not isinstance(said, list):
                     raise InputError(column, "should be a list")
                 told, reply = list(map(self._message, said)), self._reply(row)
-                return messages.turns(told if told[-1:] == reply else [*told, *reply], column) if told else ()
+                there = bool(reply) and told[-len(reply) :] == reply
+                return messages.turns(told if there else [*told, *reply], column) if told else ()
             case "pairs":
                 system = self._said(row, "system", Role.SYSTEM)
                 asked = self._said(row, "prompt", Role.USER)
@@ -144,7 +148,7 @@ class Shape:
                 return (*system, *asked, *answered)
             case _:
                 word = self._at(row, "role")
-                role = Role.USER if word is None and self.kind == "texts" else self._role(word)
+                role = Role.USER if word in (None, "") and self.kind == "texts" else self._role(word)
                 if role is None:
                     raise InputError(self.columns["role"], f"should be one of {', '.join(_ROLES)}, or say --role")
                 return self._said(row, "text", role, is_needed=True)
@@ -167,16 +171,25 @@ class Shape:
 
     def _reply(self, row: Mapping[str, Any]) -> list[object]:
         """What the model answered, where a log of a chat API has it beside the messages."""
-        match _parsed("response", self._at(row, "response")):
-            case str() as text:
+        reply = self._at(row, "response")
+        if reply is None or reply in ("", [], {}):
+            return []
+        match _parsed("response", reply):
+            case {"choices": [{"message": dict() as message}, *_]} | {"message": dict() as message}:
+                return [self._message(message)]
+            case {"choices": [{"text": str() as text}, *_]}:
                 return [{"role": "assistant", "content": text}]
-            case {"choices": [{"message": dict() as message}, *_]}:
+            case {"output": [*items]} if all(isinstance(item, dict) for item in items):
+                return [self._message(item) for item in map(_item, items) if item]
+            case {"role": word} as message if self._role(word):
                 return [self._message(message)]
-            case {"message": dict() as message}:
-                return [self._message(message)]
-            case {"role": _} as message:
-                return [self._message(message)]
-        return []
+            case [*several] if all(isinstance(one, dict) and self._role(one.get("role")) for one in several):
+                return [self._message(message) for message in several]
+            case {"content": str() | list() as content} if isinstance(reply, dict):
+                return [{"role": "assistant", "content": content}]
+        if isinstance(reply, str):  # also one that is JSON, as it was asked for
+            return [{"role": "assistant", "content": reply}]
+        raise InputError(self.columns["response"], "should be a text, or what a chat API answers")
 
     def _role(self, word: object) -> Role | None:
         return self.roles.get(str(word)) or _ROLES.get(str(word).lower())
@@ -190,9 +203,8 @@ class Shape:
             for name, column in self.columns.items()
             if name.startswith("metadata.")
         }
-        return {
-            str(key): _plain(value) for key, value in (pairs | named).items() if isinstance(value, str | int | float)
-        }
+        plain = str | int | float | Decimal
+        return {str(key): _plain(value) for key, value in (pairs | named).items() if isinstance(value, plain)}
 
     def _word(self, row: Mapping[str, Any], name: str) -> str:
         value = self._at(row, name)
@@ -221,20 +233,27 @@ def at(row: Mapping[str, Any], column: str) -> Any:
 
 
 def read_time(value: object) -> datetime | None:
-    """ISO 8601, or seconds, milliseconds, microseconds or nanoseconds since 1970; without a zone it is UTC's."""
-    if isinstance(value, datetime):
-        return value if value.tzinfo else value.replace(tzinfo=UTC)
+    """ISO 8601, 14 digits of a date and a time, or s, ms, µs or ns since 1970; without a zone it is UTC's.
+
+    None for what is no time, and for years before 1970 and after 2199, which stand for none.
+    """
     text = "" if value is None else str(value).strip()
     try:
-        if _SECONDS.fullmatch(text):
+        if isinstance(value, datetime):
+            found = value
+        elif _DIGITS.fullmatch(text):
+            found = datetime.strptime(text, "%Y%m%d%H%M%S")  # it gets one below
+        elif _SECONDS.fullmatch(text):
             seconds = float(text)
             while seconds >= 1e11:  # the year 5138
                 seconds /= 1000
-            return datetime.fromtimestamp(seconds, UTC)
-        found = datetime.fromisoformat(text)
+            found = datetime.fromtimestamp(seconds, UTC)
+        else:
+            found = datetime.fromisoformat(text)
+        found = found.astimezone(UTC) if found.tzinfo else found.replace(tzinfo=UTC)
     except (ValueError, OverflowError, OSError):
         return None
-    return found.astimezone(UTC) if found.tzinfo else found.replace(tzinfo=UTC)
+    return found if found.year in _YEARS else None
 
 
 def detect(
@@ -245,6 +264,7 @@ def detect(
 ) -> Shape:
     """The shape of rows like these, where people have not told it: `mapping` FIELD=COLUMN, `roles` WORD=ROLE.
 
+    A field that is mapped to no column, FIELD=, is in none.
     Raises ConfigError for what cannot be, and where nothing fits.
     """
     told = _told_columns(mapping)
@@ -253,11 +273,11 @@ def detect(
         raise ConfigError(f"shape: expected {', '.join(KINDS)}, found '{kind}'{did_you_mean(kind, KINDS)}")
     there = list(dict.fromkeys(name for row in sample for name, value in row.items() if value is not None))
     for name, column in told.items():
-        if sample and all(at(row, column) is None for row in sample):
+        if column and sample and all(at(row, column) is None for row in sample):
             raise ConfigError(f"map: {name}={column}: no such column among {', '.join(there)}")
     one: Kind
     for one in KINDS:
-        if kind in (None, one) and (columns := _columns(one, told, sample, there)) is not None:
+        if kind in (None, one) and (columns := _columns(one, told, sample, there, words)) is not None:
             return _fitting(Shape(one, columns, words), sample)
     wanted = f"{kind} ({KINDS[cast('Kind', kind)]})" if kind else "a shape that is known"
     raise ConfigError(
@@ -268,7 +288,8 @@ def detect(
 
 def _fitting(shape: Shape, sample: Sequence[Mapping[str, Any]]) -> Shape:
     """Raises ConfigError where not even one of the rows is of that shape."""
-    found = [shape.record(Place("", 0), row) for row in sample]
+    read = shape.said if shape.kind == "rows" else shape.record
+    found = [read(Place("", 0), row) for row in sample]
     rejects = [one for one in found if isinstance(one, Reject)]
     if found and len(rejects) == len(found):
         raise ConfigError(
@@ -278,7 +299,11 @@ def _fitting(shape: Shape, sample: Sequence[Mapping[str, Any]]) -> Shape:
 
 
 def _columns(
-    kind: Kind, told: Mapping[str, str], sample: Sequence[Mapping[str, Any]], there: Sequence[str]
+    kind: Kind,
+    told: Mapping[str, str],
+    sample: Sequence[Mapping[str, Any]],
+    there: Sequence[str],
+    words: Collection[str],
 ) -> dict[str, str] | None:
     """The column of each field of a kind, none of them twice; None where the rows are not of this kind."""
     needed, further = _FIELDS[kind]
@@ -287,6 +312,10 @@ def _columns(
         known = [one for one in _COLUMNS[name] if one in there and one not in found.values()]
         if name == "turns":
             known = [one for one in known if _is_list(sample, one)]
+        if name == "role":
+            known = [one for one in known if one not in _AMBIGUOUS or _are_roles(sample, one, words)]
+        if name == "turn":
+            known = [one for one in known if all(_is_number(at(row, one)) for row in sample)]
         if column := told.get(name, next(iter(known), None)):
             found[name] = column
     if not found.keys() >= set(needed):
@@ -298,11 +327,24 @@ def _is_list(sample: Sequence[Mapping[str, Any]], column: str) -> bool:
     return any(isinstance(_parsed(column, at(row, column)), list) for row in sample)
 
 
+def _are_roles(sample: Sequence[Mapping[str, Any]], column: str, words: Collection[str]) -> bool:
+    """Whether most of what stands there are words for roles."""
+    found = [str(word) for row in sample if (word := at(row, column)) not in _NOTHING]
+    return 2 * sum(word in words or word.lower() in _ROLES for word in found) > len(found)
+
+
+def _is_number(value: object) -> bool:
+    try:
+        return value in _NOTHING or float(value) is not None  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return False
+
+
 def _told_columns(mapping: Iterable[str]) -> dict[str, str]:
     told = {}
     for one in mapping:
         name, sign, column = one.partition("=")
-        if not sign or not column:
+        if not sign:
             raise ConfigError(f"map: expected FIELD=COLUMN, found '{one}'")
         if name not in _COLUMNS and not name.startswith("metadata."):
             raise ConfigError(f"map: there is no field '{name}'{did_you_mean(name, _COLUMNS)}")
@@ -328,6 +370,16 @@ def _parsed(field: str, value: object) -> object:
         except (ValueError, RecursionError):
             return value
     return value
+
+
+def _item(item: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What the responses API puts out, as a message; what the model thought is none."""
+    match item:
+        case {"type": "reasoning"}:
+            return None
+        case {"type": "function_call"}:
+            return {"role": "assistant", "tool_calls": [{"function": item}]}
+    return item
 
 
 def _is_pairs(found: object) -> bool:

@@ -87,7 +87,12 @@ def run(
     shape: Annotated[str | None, typer.Option(help="conversations, rows, pairs or texts.", show_default=False)] = None,
     mapping: Annotated[
         list[str] | None,
-        typer.Option("--map", metavar="FIELD=COLUMN", help="Where a field is; may be given again.", show_default=False),
+        typer.Option(
+            "--map",
+            metavar="FIELD=COLUMN",
+            help="Where a field is; FIELD= nowhere. May be given again.",
+            show_default=False,
+        ),
     ] = None,
     roles: Annotated[
         list[str] | None,

@@ -78,6 +78,15 @@ def test_what_a_kill_leaves_half_written_is_taken_away(tmp_path: Path) -> None:
     assert sorted((out / "parts").iterdir()) == sorted(part_files(out))
 
 
+def test_a_kill_before_anything_is_judged_is_gone_on_from(tmp_path: Path) -> None:
+    """What is in force may have been half written."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".audit.json").write_text('{"form')
+    audit(out, ROWS)
+    assert is_complete(out)
+
+
 def test_a_finished_audit_is_not_done_again(tmp_path: Path) -> None:
     """The same command finds that nothing is left."""
     assert run_all(tmp_path, many(ROWS))

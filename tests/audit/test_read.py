@@ -18,6 +18,8 @@ from guard.audit.records import Place, Position, Record, Reject
 from guard.audit.rows import Limits
 from guard.audit.shapes import detect
 from guard.audit.stop import Stop, Stopped
+from guard.errors import ConfigError
+from guard.types import Role, Turn
 
 LIMITS = Limits()
 BEGINNING = Position()
@@ -74,6 +76,18 @@ def test_texts_are_found_again(some: Logs, tmp_path: Path) -> None:
     wanted = [item for item in items(some) if isinstance(item, Record)][7]
     facts = json.loads(json.dumps(facts_of(some)))
     assert read_again(facts, tmp_path)([wanted.place, Place("nowhere", 1)]) == {wanted.place: wanted.turns}
+
+
+def test_texts_of_inputs_that_changed_are_not_found(tmp_path: Path) -> None:
+    """Other texts might stand at the same places."""
+    (tmp_path / "a.jsonl").write_text('{"text": "Hi!"}\n')
+    read = logs(tmp_path / "a.jsonl", spool=tmp_path / "spool")
+    again = read_again(json.loads(json.dumps(facts_of(read))), tmp_path)
+    place = Place(read.inputs[0].url, 1)
+    assert again([place]) == {place: (Turn(Role.USER, "Hi!"),)}
+    (tmp_path / "a.jsonl").write_text('{"text": "Something else."}\n')
+    with pytest.raises(ConfigError, match=r"a\.jsonl: has changed since it was audited"):
+        again([place])
 
 
 def mixed(folder: Path, seed: int) -> tuple[Logs, dict[str, list[tuple[str, str]]]]:

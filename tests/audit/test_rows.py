@@ -6,7 +6,9 @@ import gzip
 import io
 import json
 import lzma
+import sys
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from guard.audit.inputs import Input, find_inputs
-from guard.audit.rows import Limits, Row, rows
+from guard.audit.rows import Limits, Row, first, rows
 from guard.errors import ConfigError
 
 LIMITS = Limits(max_row_bytes=10_000)
@@ -68,6 +70,8 @@ FORMS: dict[str, bytes] = {
     "tsv": comma_separated("\t"),
     "parquet": parquet(),
     "bom.jsonl": b"\xef\xbb\xbf" + lines(ROWS),
+    "bom.json": b"\xef\xbb\xbf" + json.dumps(ROWS, ensure_ascii=False).encode(),
+    "wide.json": json.dumps(ROWS, ensure_ascii=False).encode("utf-16"),
     "wide.csv": comma_separated(";").decode().encode("utf-16"),
     "lines.json": lines(ROWS),
 }
@@ -150,6 +154,41 @@ def test_bad_rows_of_csv_are_told_and_the_others_read(tmp_path: Path) -> None:
     assert {"id": "4", "text": "café"} in [row.fields for row in read(path, limits=Limits("cp1252"))]
 
 
+def test_an_array_may_have_another_encoding(tmp_path: Path) -> None:
+    """Which is told; else it cannot be read, and nobody's text is in the reason."""
+    path = tmp_path / "a.json"
+    path.write_bytes('[{"text": "secret café"}]'.encode("latin-1"))
+    assert [row.fields for row in read(path, limits=Limits("latin-1"))] == [{"text": "secret café"}]
+    assert problems(path) == [(1, "from here on it cannot be read: is not JSON")]
+
+
+def test_numbers_in_an_array_may_be_large(tmp_path: Path) -> None:
+    """As the ids of some logs are."""
+    path = tmp_path / "a.json"
+    path.write_text('[{"id": 18446744073709551615, "time": 1790856000.5}]')
+    assert [{name: str(value) for name, value in (row.fields or {}).items()} for row in read(path)] == [
+        {"id": "18446744073709551615", "time": "1790856000.5"}
+    ]
+
+
+def test_a_cell_of_parquet_that_cannot_be_read_costs_its_row(tmp_path: Path) -> None:
+    """Such as a year that Python does not know; times in nanoseconds lose those alone."""
+    seconds = pa.array([1_790_856_000, 10**14, 1_790_856_001], pa.timestamp("s"))
+    fine = pa.array([1_790_856_000_000_000_001] * 3, pa.timestamp("ns", "UTC"))
+    pq.write_table(pa.table({"seconds": seconds, "fine": fine}), tmp_path / "a.parquet")
+    first, bad, last = read(tmp_path / "a.parquet")
+    assert first.fields == {"seconds": datetime(2026, 10, 1, 12), "fine": datetime(2026, 10, 1, 12, tzinfo=UTC)}
+    assert (bad.number, bad.problem) == (2, "cannot be read: OverflowError")
+    assert last.fields
+
+
+def test_a_table_whose_lines_end_in_carriage_returns_is_told(tmp_path: Path) -> None:
+    """As those of old spreadsheets do."""
+    (tmp_path / "a.csv").write_bytes(b"id,text\r1,a\r2,b\r")
+    ((number, problem),) = problems(tmp_path / "a.csv")
+    assert (number, problem.partition(": ")[0]) == (1, "from here on it cannot be read")
+
+
 @pytest.mark.parametrize(
     ("name", "data", "good"),
     [
@@ -224,6 +263,44 @@ def test_inputs_are_files_globs_folders_and_urls(tmp_path: Path, monkeypatch: py
     assert [each.url for each in find_inputs(["."], out=Path("logs"))] == ["b.jsonl"]
 
 
+def test_links_are_followed_and_hidden_folders_passed_over(tmp_path: Path) -> None:
+    """A link is as large and as old as what it leads to; and what an audit writes is no input, by whatever path."""
+    for name in ("logs/a.jsonl", "logs/.checkpoints/a.jsonl", "elsewhere/b.jsonl", "logs/out/parts/part.parquet"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_bytes(name.encode())
+    (tmp_path / "logs" / "b.jsonl").symlink_to(tmp_path / "elsewhere" / "b.jsonl")
+    (tmp_path / "logs" / "gone.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    (tmp_path / "linked").symlink_to(tmp_path / "logs")
+    for argument in ("linked", "linked/**/*.*"):
+        found = find_inputs([str(tmp_path / argument)], out=tmp_path / "logs" / "out")
+        assert [Path(each.path).name for each in found] == ["a.jsonl", "b.jsonl", "gone.jsonl"]
+        assert found[1].size == len("elsewhere/b.jsonl")
+        assert [row.problem.partition(": ")[2] for row in rows(found[2], 0, LIMITS)] == ["No such file or directory"]
+
+
+class _Dripping(io.RawIOBase):
+    """A pipe that brings little at once."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = io.BytesIO(data)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        return self._data.readinto(memoryview(buffer)[:7])
+
+
+@pytest.mark.parametrize("form", ["jsonl", "json", "csv"])
+def test_standard_input_shows_what_it_is_however_it_comes(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is then read from its beginning."""
+    many = FORMS[form] if form == "json" else FORMS[form] * 20
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(_Dripping(many))))
+    (found,) = find_inputs(["-"], form)
+    assert len(first(found, LIMITS, 25)) == 25
+    assert next(iter(rows(found, 0, LIMITS))).fields == ROWS[0]
+
+
 @pytest.mark.parametrize(
     ("argument", "format", "message"),
     [
@@ -232,6 +309,8 @@ def test_inputs_are_files_globs_folders_and_urls(tmp_path: Path, monkeypatch: py
         ("notes.txt", None, "notes.txt: expected a name that ends in .jsonl, .* or say --format"),
         ("notes.txt", "jsonlines", "format: expected jsonl, .*, found 'jsonlines'; did you mean jsonl"),
         ("nowhere://bucket/a.jsonl", None, "nowhere://bucket/a.jsonl: cannot be read: Protocol not known"),
+        ("-", "parquet", "-: Parquet is read from its end, which standard input has not"),
+        ("/dev/null", "jsonl", "/dev/null: is no file; what comes through a pipe is read from standard input, -"),
     ],
 )
 def test_an_argument_that_names_nothing_is_an_error(

@@ -85,6 +85,71 @@ def test_a_reply_that_stands_among_the_messages_is_read_once() -> None:
     assert [turn.text for turn in record.turns] == ["Hi!", "Ho!"]
 
 
+@pytest.mark.parametrize(
+    ("response", "said"),
+    [
+        (None, []),
+        ("", []),
+        ("Ho!", ["Ho!"]),
+        ('{"answer": "Ho!"}', ['{"answer": "Ho!"}']),  # as a schema asked for it
+        ('{"content": "Ho!", "role": "villain"}', ['{"content": "Ho!", "role": "villain"}']),
+        ('["Ho!"]', ['["Ho!"]']),
+        ({"choices": [{"text": "Ho!"}]}, ["Ho!"]),
+        ({"choices": [{"message": {"role": "assistant", "content": "Ho!"}}]}, ["Ho!"]),
+        ('{"choices": [{"message": {"role": "assistant", "content": "Ho!"}}]}', ["Ho!"]),
+        ({"role": "assistant", "content": [{"type": "text", "text": "Ho!"}]}, ["Ho!"]),
+        ({"content": "Ho!"}, ["Ho!"]),
+        ([{"role": "assistant", "content": "Ho!"}, {"role": "assistant", "content": "Hm."}], ["Ho!", "Hm."]),
+        (
+            {
+                "output": [
+                    {"type": "reasoning", "summary": []},
+                    {"type": "function_call", "name": "f", "arguments": "{}"},
+                    {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "Ho!"}]},
+                ]
+            },
+            ["f {}", "Ho!"],
+        ),
+    ],
+)
+def test_replies_beside_the_messages_are_judged_in_all_their_forms(response: object, said: list[str]) -> None:
+    """Whatever a chat API answers, or a text."""
+    row = {"messages": [{"role": "user", "content": "Hi!"}], "response": response}
+    record = detect([row | {"response": "Ho!"}]).record(PLACE, row)
+    assert isinstance(record, Record)
+    assert [(turn.role, turn.text) for turn in record.turns] == [(U, "Hi!"), *((A, text) for text in said)]
+
+
+@pytest.mark.parametrize("response", [{"candidates": []}, ["secret"], 7, {"output": [{"type": "web_search_call"}]}])
+def test_a_reply_that_nobody_can_read_is_not_left_out(response: object) -> None:
+    """The row is rejected, rather than that half of it is judged."""
+    row = {"messages": [{"role": "user", "content": "Hi!"}], "response": response}
+    rejected = detect([row | {"response": "Ho!"}]).record(PLACE, row)
+    assert isinstance(rejected, Reject)
+    assert "secret" not in rejected.reason
+
+
+def test_columns_that_only_look_like_a_field_are_not_taken_for_it() -> None:
+    """Authors are people, and an id of a turn need be no number; where a guess is wrong, FIELD= says so."""
+    comments = [{"id": number, "author": name, "body": "Hi!"} for number, name in enumerate(["ann", "bot", "bob"])]
+    assert detect(comments).kind == "texts"
+    assert "role" not in detect(comments).columns
+    assert detect(comments, mapping=["role=author"], roles=["ann=user", "bob=user"]).kind == "rows"
+    turns = [{"session_id": "s", "role": "user", "content": "Hi!", "turn_id": f"t{number}"} for number in range(3)]
+    assert "turn" not in detect(turns).columns
+    with pytest.raises(ConfigError, match=r"none of the first 3 rows can be read as .*: turn_id: should be a number"):
+        detect(turns, mapping=["turn=turn_id"])
+    alone = detect(turns, mapping=["id="])
+    assert (alone.kind, alone.columns) == ("texts", {"text": "content", "role": "role"})
+
+
+def test_a_text_without_a_role_is_a_users() -> None:
+    row = {"text": "Hi!", "role": ""}
+    record = detect([row | {"role": "agent"}], "texts").record(PLACE, row)
+    assert isinstance(record, Record)
+    assert record.turns == (Turn(U, "Hi!"),)
+
+
 def test_rows_none_of_which_can_be_read_are_an_error() -> None:
     """Rather than that all of them are rejected, one by one."""
     with pytest.raises(
@@ -196,6 +261,7 @@ def test_a_prompt_without_a_response_is_judged_alone(response: str | None) -> No
         "1790856000.0",
         1790856000000,
         "1790856000000000",
+        "20261001120000",
         datetime(2026, 10, 1, 12),  # as Parquet may have it
     ],
 )
@@ -204,7 +270,23 @@ def test_times_are_read_in_all_their_forms(value: object) -> None:
     assert read_time(value) == datetime(2026, 10, 1, 12, tzinfo=UTC)
 
 
-@pytest.mark.parametrize("value", [None, "", "yesterday", 2026, "99999999999999999999", float("nan"), [1]])
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        "",
+        "yesterday",
+        2026,
+        "99999999999999999999",
+        float("nan"),
+        [1],
+        "0001-01-01T00:00:00Z",
+        "0001-01-01T00:00:00+05:00",
+        datetime(1, 1, 1),
+        "9999-12-31T23:59:59Z",
+        "20261301120000",
+    ],
+)
 def test_what_is_no_time_is_none(value: object) -> None:
     """Which is no reason to reject a conversation."""
     assert read_time(value) is None

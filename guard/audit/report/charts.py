@@ -223,7 +223,8 @@ def _layout(height: int) -> dict[str, Any]:
 
 
 def _dated(figure: go.Figure, days: Sequence[str]) -> go.Figure:
-    ends = [f"{date.fromisoformat(days[0]) - timedelta(1)}T12:00", f"{days[-1]}T12:00"]
+    first = max(date.fromisoformat(days[0]), date.min + timedelta(1))
+    ends = [f"{first - timedelta(1)}T12:00", f"{days[-1]}T12:00"]
     return figure.update_xaxes(type="date", tickformat="%d %b\n%Y", nticks=6, range=ends)
 
 

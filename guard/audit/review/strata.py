@@ -15,7 +15,7 @@ BY = {
     "language": "coalesce(language, '')",
     "source": "coalesce(source, '')",
     "policy": "policy.name",
-    "day": "coalesce(strftime(time, '%Y-%m-%d'), '')",
+    "day": "coalesce(strftime(make_timestamp(epoch_us(time)), '%Y-%m-%d'), '')",
 }
 """What else can tell strata apart, in SQL."""
 
@@ -78,7 +78,7 @@ def view(parts: Sequence[str], facts: Facts, hazards: Collection[str], choice: C
                 WHEN said = 'allow' THEN concat_ws(' / ', role, 'allow', CASE {bands} ELSE 'far' END{by})
                 ELSE concat_ws(' / ', role, said, about{by})
             END AS stratum,
-            md5_number_lower(concat_ws(':', {choice.seed:d}, id, row, turn)) AS draw
+            md5_number_lower(concat_ws(':', {choice.seed:d}, input, row, turn)) AS draw
         FROM told WHERE {" AND ".join(_wanted(choice))}
     """
 

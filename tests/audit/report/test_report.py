@@ -160,6 +160,14 @@ def test_every_audit_has_a_report(tmp_path: Path, turns: list[Turn], compared: b
     assert charts == json.loads(opened(out).scripts[0]).keys()
 
 
+def test_a_time_in_the_first_year_is_drawn(tmp_path: Path) -> None:
+    """As some languages write none."""
+    times = [datetime(1, 1, 1, tzinfo=UTC), datetime(2026, 1, 1, tzinfo=UTC)]
+    out = audited(tmp_path / "out", [Turn(number, time=time) for number, time in enumerate(times)])
+    write_report(out)
+    assert (out / "report.html").exists()
+
+
 def test_limits_are_noted(tmp_path: Path) -> None:
     """What a reader must know before trusting the numbers stands before them."""
     turns = [Turn(1, scores=None, coverage=(5, 9)), Turn(2, shadow=True)]

@@ -26,7 +26,7 @@ CATEGORIES: Mapping[str, Any] = {
 
 
 class Judged(NamedTuple):
-    """A turn; every one that follows one of the same `id` is of its conversation."""
+    """A turn; every one that follows one of the same `id` is of its conversation. `row` is its number unless told."""
 
     id: str
     role: str = "user"
@@ -35,6 +35,8 @@ class Judged(NamedTuple):
     language: str = "en"
     time: datetime = datetime(2026, 3, 1, tzinfo=UTC)
     rule: str = ""
+    input: str = "logs.jsonl"
+    row: int = 0
 
 
 def write_audit(
@@ -72,8 +74,8 @@ def _rows(turns: Sequence[Judged], categories: Mapping[str, Any], shadow: bool) 
             {
                 "id": turn.id,
                 "turn": rows[-1]["turn"] + 1 if goes_on else 0,
-                "input": "logs.jsonl",
-                "row": rows[-1]["row"] if goes_on else number,
+                "input": turn.input,
+                "row": rows[-1]["row"] if goes_on else turn.row or number,
                 "role": turn.role,
                 "time": turn.time,
                 "language": turn.language,

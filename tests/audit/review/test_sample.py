@@ -138,6 +138,14 @@ def test_turns_that_nobody_judged_are_left_out(tmp_path: Path) -> None:
     assert {case.stratum for case in drawn.cases} == {"user / allow / far", "tool / block / card number"}
 
 
+def test_ids_that_come_again_in_other_files_are_drawn_one_by_one(tmp_path: Path) -> None:
+    """As those of daily exports do."""
+    turns = [Judged(str(row), input=f"{day}.jsonl", row=row) for day in range(30) for row in range(1, 101)]
+    drawn = draw(write_audit(tmp_path / "out", turns), Choice(size=30))
+    assert len(drawn.cases) == 30
+    assert len({case.place.row for case in drawn.cases}) > 10
+
+
 def test_only_some_turns_can_be_drawn(tmp_path: Path) -> None:
     """By action or category; such a sample says that it is not of all."""
     out = write_audit(tmp_path / "out", traffic(100))
