@@ -33,7 +33,8 @@ def calibrate(
 ) -> None:
     """Fit a model's probabilities and thresholds to labelled rows. Needs the extra `train`.
 
-    Use rows that the model was not trained on.
+    Use rows that the model was not trained on. Unsafe ones that do not say which kind of harm they are fit the overall
+    score alone.
     """
     pipeline, source, examples = _prepare(data, model, out)
     typer.echo(json.dumps(pipeline.recalibrate(source, examples, out, prior)["unsafe"]))

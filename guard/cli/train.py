@@ -147,8 +147,10 @@ def _train(
     """What the model is worth on the rows its recipe holds out."""
     with options.extra("training"):
         from guard.training import pipeline, processes
-        from guard.training.data import load_benchmarks
+        from guard.training.calibrate import check
+        from guard.training.data import load_benchmarks, load_examples, read_recipe
     recipe = recipe or options.RECIPE
+    check(load_examples(read_recipe(recipe), data, "validation"))  # rather than after hours
     unseen = load_benchmarks(benchmarks, _BENCHMARK_ROWS) if benchmarks else {}
     with _reported() as report:
         pipeline.train(recipe, data, base, work, teachers=teachers, steps=steps, compiled=compiled, report=report)

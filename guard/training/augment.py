@@ -186,7 +186,7 @@ class Augmenter:
             lead = rng.choice(_REQUESTS) if rng.random() < 0.3 and example.role == Role.USER else ""
             return _with_text(example, lead + _beside(rng.choice(self._passages), text, rng))
         changed = _with_text(example, DISGUISES[name](text, rng))
-        if name == "encoded" and example.unsafe and example.hazards is not None:
+        if name == "encoded" and example.unsafe and example.hazards is not None and changed != example:
             return replace(changed, hazards=example.hazards | {"X3"})
         return changed
 

@@ -31,13 +31,23 @@ def predict(model: TurnModel, examples: Sequence[Example], tokenizer: ChatTokeni
     return logits
 
 
-def calibrate(logits: Floats, examples: Sequence[Example], prior: float | None = None) -> Calibration:
+def check(examples: Sequence[Example]) -> None:
+    """Raises ConfigError for rows that are too few to fit anything to: where all are safe, or all unsafe."""
+    if not 0 < sum(example.unsafe for example in examples) < len(examples):
+        raise ConfigError(f"needs both safe and unsafe rows to fit probabilities to; there are {len(examples):,} rows")
+
+
+def calibrate(
+    logits: Floats, examples: Sequence[Example], prior: float | None = None, before: Calibration | None = None
+) -> Calibration:
     """(a, b) for each role and head, so that sigmoid(a * logit + b) is a probability; rows count by their weight.
 
-    A role with few unsafe rows shares the fit of all rows. Probabilities are those of where a share `prior` of turns is
+    A role with few unsafe rows shares the fit of all rows, and a hazard with few that of all hazards; where these are
+    few too they stay as they were `before`. Probabilities are those of where a share `prior` of turns is
     unsafe, by default of where as many are as among the rows (Saerens et al. 2002, doi:10.1162/089976602753284446).
-    Raises ConfigError where no row is unsafe, or of a hazard, or none is safe.
+    Raises ConfigError where no row is unsafe, or none is safe, or nothing is known of a hazard.
     """
+    check(examples)
     fits = {}
     for role in (Role.USER, Role.AGENT):
         own = np.array([example.role == role for example in examples])
@@ -46,7 +56,8 @@ def calibrate(logits: Floats, examples: Sequence[Example], prior: float | None =
             own = np.ones_like(own)
         rows = [example for example, mine in zip(examples, own, strict=True) if mine]
         shift = 0.0 if prior is None else _log_odds(prior) - _log_odds(_share(rows))
-        fits[role] = {code: (a, b + shift) for code, (a, b) in _fits(logits[own], rows).items()}
+        found = {code: (a, b + shift) for code, (a, b) in _fits(logits[own], rows, before is not None).items()}
+        fits[role] = {**(before or {}).get(role, {}), **found}
     return fits
 
 
@@ -59,17 +70,22 @@ def _log_odds(share: float) -> float:
     return log(share / (1 - share))
 
 
-def _fits(logits: Floats, examples: Sequence[Example]) -> dict[str, tuple[float, float]]:
+def _fits(logits: Floats, examples: Sequence[Example], stays: bool) -> dict[str, tuple[float, float]]:
+    """By head; without the hazards of which there are few rows, even of all together, where these stay as they are."""
     true, known = labels(examples)
     weights = np.array([example.weight for example in examples])
     hazards = known[:, 1:]
     each = np.broadcast_to(weights[:, None], hazards.shape)
-    pooled = _platt(logits[:, 1:][hazards], true[:, 1:][hazards], each[hazards])
+    pooled = None
+    if not stays or true[:, 1:][hazards].sum() >= _FEW:
+        pooled = _platt(logits[:, 1:][hazards], true[:, 1:][hazards], each[hazards])
     fits = {}
     for head, code in enumerate(HEADS):
         rows = known[:, head]
-        enough = head == 0 or true[rows, head].sum() >= _FEW
-        fits[code] = _platt(logits[rows, head], true[rows, head], weights[rows]) if enough else pooled
+        if head == 0 or true[rows, head].sum() >= _FEW:
+            fits[code] = _platt(logits[rows, head], true[rows, head], weights[rows])
+        elif pooled is not None:
+            fits[code] = pooled
     return fits
 
 
@@ -83,6 +99,6 @@ def probabilities(logits: Floats, calibration: Calibration, examples: Sequence[E
 
 def _platt(logits: Floats, positive: Bools, weights: Floats) -> tuple[float, float]:
     if positive.all() or not positive.any():
-        raise ConfigError("the held-out rows do not have both safe ones and unsafe ones of a known hazard")
+        raise ConfigError("needs both safe rows and unsafe ones of a known hazard to fit probabilities to")
     fit = LogisticRegression(C=10).fit(logits[:, None], positive, sample_weight=weights)
     return float(fit.coef_[0, 0]), float(fit.intercept_[0])

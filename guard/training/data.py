@@ -1,6 +1,8 @@
 """Labelled conversations: what a recipe takes from a directory of JSON Lines files, and how it is split."""
 
+import dataclasses
 import gzip
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -118,7 +120,7 @@ class Example:
     @property
     def labels(self) -> tuple[bool, ...]:
         """What is true of it, as far as known: unsafe, then each hazard."""
-        return (self.unsafe, *(code in (self.hazards or ()) for code in HAZARDS))
+        return (self.unsafe, *(self.unsafe and code in (self.hazards or ()) for code in HAZARDS))
 
     @property
     def targets(self) -> tuple[float, ...]:
@@ -194,8 +196,14 @@ def load_examples(recipe: Recipe, directory: Path, split: Split) -> list[Example
 
 
 def load_benchmarks(directory: Path, rows: int) -> dict[str, list[Example]]:
-    """Of every JSON Lines file of a directory at most so many labelled rows, the same each time, by the file's name."""
-    names = sorted({path.name.split(".")[0] for path in directory.glob("*.jsonl*")})
+    """Of every JSON Lines file of a directory at most so many labelled rows, the same each time, by the file's name.
+
+    Raises ConfigError where there is none.
+    """
+    files = (*directory.glob("*.jsonl"), *directory.glob("*.jsonl.gz"))
+    names = sorted({path.name.removesuffix(".gz").removesuffix(".jsonl") for path in files})
+    if not names:
+        raise ConfigError(f"{directory}: holds no .jsonl and no .jsonl.gz file")
     found = {}
     for name in names:
         labelled = [record for record in read_records(directory, name) if record.unsafe is not None]
@@ -223,7 +231,7 @@ def _take(recipe: Recipe, directory: Path, name: str, split: Split) -> Iterator[
             continue
         if source.target in (None, record.turns[-1].role):
             taken[record.unsafe] += 1
-            yield record.example(source)
+            yield dataclasses.replace(record.example(source), source=name)  # which rows may call otherwise
 
 
 def read_records(directory: Path, name: str) -> Iterator[Record]:
@@ -237,7 +245,7 @@ def read_records(directory: Path, name: str) -> Iterator[Record]:
         with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
                 yield _record(line, f"{path}:{number}")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise ConfigError(f"{path}: cannot be read: {type(error).__name__}") from error
 
 

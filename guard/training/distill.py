@@ -31,7 +31,8 @@ def taught(examples: Sequence[Example], teachers: Sequence[Path], kept: Path) ->
     if not teachers:
         raise ConfigError(f"{len(asked):,} rows of the recipe are for a teacher to label: name one with --teacher")
     revisions = [read_checkpoint(teacher).revision for teacher in teachers]
-    run = sha256("\n".join([*revisions, *(example.id for example in asked)]).encode()).hexdigest()
+    said_before = (repr(example.conversation) for example in asked)
+    run = sha256("\n".join([*revisions, *said_before]).encode("utf-8", "surrogatepass")).hexdigest()
     said = _read(kept, run)
     if said is None:
         said = np.mean([_answers(teacher, asked) for teacher in teachers], axis=0)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,8 +81,8 @@ def metrics(scores: Floats, positive: Bools, threshold: float = 0.5) -> dict[str
 def difference(scores: Floats, others: Floats, positive: Bools, threshold: float = 0.5) -> dict[str, Any]:
     """METRICS of `scores` minus those of `others`, [rows] each, with the intervals of the difference.
 
-    Both models are measured on the same resamples of the rows. `changed` is the share of rows whose verdict at the
-    threshold differs.
+    Both models are measured on the same resamples of the rows; intervals of the shares `fpr` and `recall` are
+    Newcombe's. `changed` is the share of rows whose verdict at the threshold differs.
     """
     of_others = _estimates(others, positive, threshold)
     estimates = {name: value - of_others[name] for name, value in _estimates(scores, positive, threshold).items()}
@@ -92,8 +92,13 @@ def difference(scores: Floats, others: Floats, positive: Bools, threshold: float
         return {name: value - subtrahend[name] for name, value in recount(scores, positive, counts, threshold).items()}
 
     resampled = _resampled(positive, recounted)
-    changed = (scores >= threshold) != (others >= threshold)
-    intervals = {name: _interval(resampled[name], estimate) for name, estimate in estimates.items()}
+    hits, of_other = scores >= threshold, others >= threshold
+    changed = hits != of_other
+    rows = {"fpr": ~positive, "recall": positive}
+    intervals = {
+        name: newcombe(hits[rows[name]], of_other[rows[name]]) if name in rows else _interval(resampled[name], estimate)
+        for name, estimate in estimates.items()
+    }
     intervals["changed"] = wilson(int(changed.sum()), len(changed))
     found = {"rows": len(scores), "positives": int(positive.sum()), "changed": float(changed.mean()), **estimates}
     return _rounded(found | {"intervals": intervals})
@@ -171,14 +176,18 @@ def under(disguised: Mapping[str, Floats], examples: Sequence[Example], threshol
     return found
 
 
-def thresholds(scores: Floats, examples: Sequence[Example]) -> dict[str, dict[str, dict[str, Any]]]:
+def thresholds(
+    scores: Floats, examples: Sequence[Example], *, weighted: bool = False
+) -> dict[str, dict[str, dict[str, Any]]]:
     """By role and head, for each of FALSE_POSITIVE_RATES the threshold that keeps to it, and what it then does.
 
     Negatives are all harmless rows of the role. Each of `points` has the threshold, `fpr` and `recall`, the shares of
     negatives and of positives that reach it, and their Wilson `intervals`. A head without a positive row of the role is
-    left out, and so is a point which no threshold of at most 1 can keep.
+    left out, and so is a point which no threshold of at most 1 can keep. Where it is `weighted` a row counts for as
+    many as its weight says, and intervals are of as many rows as would tell as much (Kish 1965).
     """
     true, known = labels(examples)
+    weights = np.array([example.weight if weighted else 1.0 for example in examples])
     roles = np.array([example.role for example in examples])
     table: dict[str, dict[str, dict[str, Any]]] = {}
     for role in (Role.USER, Role.AGENT):
@@ -190,15 +199,22 @@ def thresholds(scores: Floats, examples: Sequence[Example]) -> dict[str, dict[st
                 table[role][HEADS[head]] = {
                     "negatives": int(harmless.sum()),
                     "positives": int(positive.sum()),
-                    "points": list(_points(scores[harmless, head], scores[positive, head])),
+                    "points": list(
+                        _points(
+                            _Weighed(scores[harmless, head], weights[harmless]),
+                            _Weighed(scores[positive, head], weights[positive]),
+                        )
+                    ),
                 }
     return table
 
 
-def threshold_at(negatives: Floats, rate: float) -> float:
+def threshold_at(negatives: Floats, rate: float, weights: Floats | None = None) -> float:
     """The lowest threshold, in millionths, that at most a share `rate` of these scores of harmless rows reaches."""
-    allowed = int(rate * len(negatives))
-    return float(np.floor(np.sort(negatives)[::-1][allowed] * 1e6) + 1) / 1e6
+    order = np.argsort(-negatives)
+    counted = np.cumsum(np.ones(len(order)) if weights is None else weights[order])
+    first = negatives[order][np.searchsorted(counted, rate * counted[-1], "right")]
+    return float(np.floor(first * 1e6) + 1) / 1e6
 
 
 def wilson(hits: int, rows: int) -> tuple[float, float]:
@@ -207,16 +223,43 @@ def wilson(hits: int, rows: int) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
-def _points(negatives: Floats, positives: Floats) -> Iterator[dict[str, Any]]:
+def newcombe(hits: Bools, others: Bools) -> tuple[float, float]:
+    """The 95 % interval of the difference of two shares of the same rows (Newcombe 1998, his method 10).
+
+    doi:10.1002/(SICI)1097-0258(19981130)17:22<2635::AID-SIM954>3.0.CO;2-C
+    """
+    rows = len(hits)
+    a, b, c, d = (int(both.sum()) for both in (hits & others, hits & ~others, ~hits & others, ~hits & ~others))
+    margins = (a + b) * (c + d) * (a + c) * (b + d)
+    together = (a * d - b * c) / margins**0.5 if margins else 0.0
+    one, other = (a + b) / rows, (a + c) / rows
+    (low, high), (least, most) = wilson(a + b, rows), wilson(a + c, rows)
+
+    def apart(below: float, above: float) -> float:
+        return float(np.sqrt(max(0.0, below**2 - 2 * together * below * above + above**2)))
+
+    return one - other - apart(one - low, most - other), one - other + apart(high - one, other - least)
+
+
+class _Weighed(NamedTuple):
+    """Scores, [rows], and for how many rows each counts."""
+
+    scores: Floats
+    weights: Floats
+
+    def reaching(self, threshold: float) -> tuple[float, tuple[float, float]]:
+        """The share that reaches it, and its interval."""
+        share = float(self.weights[self.scores >= threshold].sum() / self.weights.sum())
+        rows = self.weights.sum() ** 2 / (self.weights**2).sum()
+        return share, wilson(round(share * rows), round(rows))
+
+
+def _points(negatives: _Weighed, positives: _Weighed) -> Iterator[dict[str, Any]]:
     for rate in FALSE_POSITIVE_RATES:
-        threshold = threshold_at(negatives, rate)
+        threshold = threshold_at(negatives.scores, rate, negatives.weights)
         if threshold <= 1:
-            false, true = int((negatives >= threshold).sum()), int((positives >= threshold).sum())
-            shares = {
-                "fpr": false / len(negatives),
-                "recall": true / len(positives),
-                "intervals": {"fpr": wilson(false, len(negatives)), "recall": wilson(true, len(positives))},
-            }
+            (fpr, of_fpr), (recall, of_recall) = negatives.reaching(threshold), positives.reaching(threshold)
+            shares = {"fpr": fpr, "recall": recall, "intervals": {"fpr": of_fpr, "recall": of_recall}}
             yield {"max_fpr": rate, "threshold": threshold, **_rounded(shares)}
 
 

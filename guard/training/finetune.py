@@ -276,7 +276,7 @@ def finetune(
     model.freeze(recipe.frozen_blocks)
     optimizer = torch.optim.AdamW(_groups(model, recipe), betas=_BETAS, weight_decay=recipe.weight_decay, fused=True)
     state = out / "state.safetensors"
-    run = fingerprint(recipe, examples)
+    run = fingerprint(recipe, examples, model)
     steps = recipe.steps
     step, *begin = restore(model, optimizer, state, run) if state.exists() else (0, recipe.first_epoch, 0)
     weight = sum(example.weight for example in examples)
@@ -284,7 +284,7 @@ def finetune(
     device = next(model.parameters()).device
     losses: list[float] = []
     tokens, since = 0, time.monotonic()
-    for reading in islice(read(examples, tokenizer, recipe, *begin), steps - step):
+    for reading in islice(read(examples, tokenizer, recipe, *begin), max(0, steps - step)):
         batch = reading.batch.to(device)
         rate = learning_rate(step, recipe)
         for group in optimizer.param_groups:
@@ -327,10 +327,15 @@ def _step(model: TurnModel, optimizer: torch.optim.Optimizer, batch: Batch, reci
     return float(sums[0] / sums[1])
 
 
-def fingerprint(recipe: Recipe, examples: Sequence[Example]) -> str:
-    """What must not change while a run is interrupted: the recipe, but for how long it goes on, and its rows."""
+def fingerprint(recipe: Recipe, examples: Sequence[Example], base: nn.Module) -> str:
+    """What must not change while a run is interrupted: the recipe, but for how long it goes on, its rows, its base."""
     digest = sha256(recipe.model_dump_json(exclude={"steps", "decay"}).encode())
-    digest.update("\n".join(f"{example.id} {example.teacher}" for example in examples).encode())
+    for example in examples:
+        learned = (example.id, example.conversation, example.targets, example.hazards is None, example.weight)
+        digest.update(repr(learned).encode("utf-8", "surrogatepass"))
+    for name, tensor in base.state_dict().items():
+        if "score." not in name:  # which begins by chance
+            digest.update(tensor.cpu().contiguous().numpy())
     return digest.hexdigest()
 
 

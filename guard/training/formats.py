@@ -12,6 +12,7 @@ calibrate` count it so, 1 where it is not said.
 
 import csv
 import gzip
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, TextIO, TypeVar
@@ -44,7 +45,7 @@ def read_examples(path: Path) -> list[Example]:
     try:
         with (gzip.open if zipped else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
             return list(read(file, path))
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise ConfigError(f"{path}: cannot be read: {type(error).__name__}") from error
 
 
@@ -81,7 +82,7 @@ class _Chat(_Labelled):
 class _Row(_Labelled):
     text: str
     role: _AnyRole = Role.USER
-    categories: Annotated[_Categories, BeforeValidator(str.split)] = frozenset()
+    categories: Annotated[_Categories, BeforeValidator(lambda codes: (codes or "").split())] = frozenset()
 
     def turns(self) -> tuple[Turn, ...]:
         return (Turn(self.role, self.text),)

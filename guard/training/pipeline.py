@@ -30,7 +30,7 @@ from guard.model.turn_classifier import TurnClassifier
 from guard.settings import Settings
 from guard.training.augment import Augmenter
 from guard.training.base import load_base, load_language_model
-from guard.training.calibrate import calibrate, predict, probabilities
+from guard.training.calibrate import calibrate, check, predict, probabilities
 from guard.training.card import write_card
 from guard.training.data import Example, load_examples, read_recipe, repeated
 from guard.training.distill import taught
@@ -192,25 +192,30 @@ def recalibrate(model: Path, examples: Sequence[Example], out: Path, prior: floa
     """Writes the model directory `out`: `model`, its probabilities and thresholds fitted to other labelled rows.
 
     Probabilities are for where a share `prior` of turns is unsafe, by default as many as are among the rows. Returns
-    the metrics on those rows. Outputs beyond the taxonomy keep their fit. Raises ConfigError for rows that lack unsafe
-    ones, those of a known hazard or safe ones.
+    the metrics on those rows, each of which counts once, while fits and thresholds count its weight. Outputs beyond the
+    taxonomy keep their fit, and so do hazards where hardly any row is known to be of one. Raises ConfigError for rows
+    that are all safe or all unsafe.
     """
     if kind_of(model) == "llama-guard":
         raise ConfigError(f"{model}: is a Llama Guard checkpoint, whose probabilities are not fitted")
     checkpoint = read_checkpoint(model)
     tokenizer = ChatTokenizer(model / "tokenizer.json", checkpoint.max_tokens)
-    fits = calibrate(predict(load_model(model), examples, tokenizer), examples, prior)
+    check(examples)
+    fits = calibrate(predict(load_model(model), examples, tokenizer), examples, prior, checkpoint.calibration)
     copy_checkpoint(model, out)
     amend_checkpoint(out, calibration={role: {**own, **fits[role]} for role, own in checkpoint.calibration.items()})
-    return _measure(out, examples)
+    return _measure(out, examples, weighted=True)
 
 
 def quantise(model: Path, examples: Sequence[Example], out: Path) -> dict[str, Any]:
     """Writes the model directory `out`: `model` made fit for products of int8, if on these labelled rows that will do.
 
     It may be a Llama Guard checkpoint as Hugging Face has it. Returns how far scores of int8 weights and of int8
-    products are from those of `model` in float32.
+    products are from those of `model` in float32. Raises ConfigError for rows that are all safe or all unsafe, on which
+    nothing would show.
     """
+    if not 0 < sum(example.unsafe for example in examples) < len(examples):
+        raise ConfigError(f"needs both safe and unsafe rows to measure on; there are {len(examples):,} rows")
     if kind_of(model) == "llama-guard":
         return _quantise_llama_guard(model, examples, out)
     checkpoint = read_checkpoint(model)
@@ -267,10 +272,10 @@ def _allow_int8(model: Path, reference: Floats, examples: Sequence[Example]) -> 
     return {"weights": weights, "products": products}
 
 
-def _measure(model: Path, examples: Sequence[Example]) -> dict[str, Any]:
+def _measure(model: Path, examples: Sequence[Example], *, weighted: bool = False) -> dict[str, Any]:
     """Metrics as served; leaves the thresholds in the model directory."""
     _, scores = served(_serving(model), examples)
-    amend_checkpoint(model, {_THRESHOLDS: json.dumps(thresholds(scores, examples), indent=1) + "\n"})
+    amend_checkpoint(model, {_THRESHOLDS: json.dumps(thresholds(scores, examples, weighted=weighted), indent=1) + "\n"})
     return evaluate(scores, examples)
 
 

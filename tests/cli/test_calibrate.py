@@ -45,6 +45,33 @@ async def test_calibration_is_fitted_to_ones_own_rows(tmp_path: Path, rows: Path
     assert all(point["fpr"] <= point["max_fpr"] for point in points)
 
 
+async def test_texts_and_labels_are_enough(tmp_path: Path, rows: Path) -> None:
+    """Of what kind harm is they do not say: only the overall score is fitted."""
+    model = write_model(tmp_path / "model")
+    plain = tmp_path / "rows.csv"
+    plain.write_text(
+        "text,label\n" + "".join(f"{row['turns'][0]['content']},{row['unsafe']}\n" for row in colours(200))
+    )
+    result = await guard("calibrate", plain, "--model", model, "--out", tmp_path / "new")
+    assert (result.code, result.err) == (0, "")
+    before, after = read_checkpoint(model).calibration, read_checkpoint(tmp_path / "new").calibration
+    for role in (Role.USER, Role.AGENT):
+        assert {code for code in after[role] if after[role][code] != before[role][code]} == {"unsafe"}
+
+
+@pytest.mark.parametrize("command", [("calibrate",), ("calibrate", "--prior=0.1"), ("quantize",)])
+@pytest.mark.parametrize("kept", ["blue", "red", "nothing"])
+async def test_rows_of_one_label_are_refused(tmp_path: Path, command: tuple[str, ...], kept: str) -> None:
+    """Nothing can be fitted to them or measured on them."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in colours(40) if kept in row["turns"][0]["content"]))
+    model = write_model(tmp_path / "model")
+    result = await guard(command[0], rows, "--model", model, "--out", tmp_path / "new", *command[1:])
+    assert result.code == 2
+    assert result.err.startswith("error: needs both safe and unsafe rows to ")
+    assert not (tmp_path / "new").exists()
+
+
 async def test_probabilities_are_for_the_share_of_unsafe_turns_that_is_expected(tmp_path: Path, rows: Path) -> None:
     """Half of the rows are unsafe; where one turn of ten is, the odds of every turn are a ninth of what they were."""
     model = write_model(tmp_path / "model")

@@ -33,6 +33,13 @@ def test_labels_and_earlier_turns_stay(seed: int, unsafe: bool, role: Role, text
     assert replace(after, conversation=before.conversation, hazards=before.hazards) == before
 
 
+def test_what_is_too_long_to_be_encoded_is_no_attack() -> None:
+    """It stays as it is, and so do its hazards."""
+    for text, hazards in ((_TEXT, frozenset({"S1", "X3"})), (_TEXT * 20, frozenset({"S1"}))):
+        changed = Augmenter([]).change("encoded", example(text, unsafe=True), random.Random(1))
+        assert changed.hazards == hazards
+
+
 @pytest.mark.parametrize("name", DISGUISES)
 def test_each_disguise_changes_a_text_the_same_way_again(name: str) -> None:
     """Every disguise changes an ordinary sentence, and a seed decides how."""

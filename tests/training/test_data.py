@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from guard.errors import ConfigError
-from guard.training.data import load_examples, read_recipe, repeated
+from guard.training.data import load_benchmarks, load_examples, read_recipe, repeated
 from guard.types import HAZARDS, Role
 from tests.training.tiny import colours, recipe, row, write_rows
 
@@ -90,6 +90,30 @@ def test_the_embedded_models_recipe_is_valid() -> None:
     plan = read_recipe(Path(__file__).parents[2] / "guard/model/default/recipe.yaml")
     assert plan.sources
     assert not any("/" in name for name in plan.sources)
+
+
+def test_a_source_is_called_what_its_file_is(tmp_path: Path) -> None:
+    """Whatever its rows say, as several files may come of one tool."""
+    plan = recipe(sources={"shades": {"repeat": 2}}, validation=0.0)
+    rows = load_examples(plan, write_rows(tmp_path, colours(10), "shades"), "train")
+    assert {row.source for row in rows} == {"shades"}
+    assert len(repeated(plan, rows)) == 20
+
+
+def test_a_harmless_row_is_of_no_hazard(tmp_path: Path) -> None:
+    """Categories of one say what it only looks like."""
+    write_rows(tmp_path, [row(0, "red wine", 0, categories=["S2"])])
+    (found,) = load_examples(recipe(validation=0.0), tmp_path, "train")
+    assert not any(found.labels)
+    assert found.hazards is not None
+
+
+def test_benchmarks_are_files_that_are_there(tmp_path: Path) -> None:
+    """A folder without any is a mistake; names may have dots."""
+    with pytest.raises(ConfigError, match=r"holds no \.jsonl"):
+        load_benchmarks(tmp_path / "nothing", 5)
+    write_rows(tmp_path, colours(10), "colours.v1")
+    assert {name: len(rows) for name, rows in load_benchmarks(tmp_path, 5).items()} == {"colours.v1": 5}
 
 
 def test_a_missing_source_is_named(tmp_path: Path) -> None:

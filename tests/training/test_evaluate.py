@@ -1,3 +1,4 @@
+from dataclasses import replace
 from statistics import NormalDist
 
 import numpy as np
@@ -17,6 +18,7 @@ from guard.training.evaluate import (
     difference,
     evaluate,
     metrics,
+    newcombe,
     recount,
     threshold_at,
     thresholds,
@@ -147,12 +149,30 @@ def test_a_hazard_that_is_not_scored_is_left_out() -> None:
 
 
 def test_a_model_does_not_differ_from_itself() -> None:
-    """Every difference is nought, and its interval nothing but nought."""
+    """Every difference is nought, and so is its interval but of the shares, which so many rows do not make certain."""
     scores, positive = noisy(300)
     found = difference(scores, scores, positive)
     assert {found[name] for name in METRICS} == {0}
-    assert {bound for name in METRICS for bound in found["intervals"][name]} == {0}
+    shares = {"fpr", "recall"}
+    assert {bound for name in {*METRICS} - shares for bound in found["intervals"][name]} == {0}
+    assert all(low < 0 < high for low, high in (found["intervals"][name] for name in shares))
     assert found["changed"] == 0
+
+
+def test_intervals_of_differences_of_shares_hold_what_is_true() -> None:
+    """Also of few rows on which two models hardly ever say otherwise."""
+    random = np.random.default_rng(3)
+    held = []
+    for _ in range(400):
+        told = random.random((2, 30))
+        hits, others = told[0] < 0.85, np.where(told[1] < 0.06, told[0] < 0.1, told[0] < 0.85)
+        low, high = newcombe(hits, others)
+        assert (low, high) == pytest.approx([-bound for bound in newcombe(others, hits)[::-1]])
+        held.append(low <= 0.06 * 0.75 <= high)
+    assert 0.93 <= np.mean(held) <= 0.995
+    low, high = newcombe(np.array([True]), np.array([True]))
+    assert low < -0.5
+    assert high > 0.5
 
 
 def test_differences_are_paired() -> None:
@@ -198,6 +218,21 @@ def test_operating_points_by_role_and_head() -> None:
         for name in ("fpr", "recall"):
             low, high = point["intervals"][name]
             assert low <= point[name] <= high
+
+
+def test_a_row_that_stands_for_several_counts_as_often() -> None:
+    """Thresholds and shares are those of so many rows; only how certain they are is not."""
+    scores, positive = noisy(200)
+    times = np.random.default_rng(4).integers(1, 5, 200)
+    rows = [example(n, bool(unsafe)) for n, unsafe in enumerate(positive)]
+    weighed = [replace(row, weight=float(count)) for row, count in zip(rows, times, strict=True)]
+    several = [row for row, count in zip(rows, times, strict=True) for _ in range(count)]
+    found = thresholds(heads(scores), weighed, weighted=True)["user"]["unsafe"]["points"]
+    expected = thresholds(heads(np.repeat(scores, times)), several)["user"]["unsafe"]["points"]
+    assert [{**point, "intervals": None} for point in found] == [{**point, "intervals": None} for point in expected]
+    for few, many in zip(found, expected, strict=True):
+        assert np.ptp(few["intervals"]["recall"]) > np.ptp(many["intervals"]["recall"])
+    assert thresholds(heads(scores), weighed) == thresholds(heads(scores), rows)
 
 
 def test_a_rate_that_no_threshold_keeps_is_left_out() -> None:

@@ -93,6 +93,7 @@ def test_tables(tmp_path: Path) -> None:
         ("a.csv", "text,unsafe\nsecret,0\n", ":2: label: Field required"),
         ("a.csv", "label,text\n0,secret, and more\n", ":2: has more fields than the first line"),
         ("a.csv", 'text,label\n"secret" x,0\n', ":2: ',' expected after '\"'"),
+        ("a.csv", "text,label,categories\nsecret,2\n", ":2: label: should be 0, 1, safe or unsafe"),
         ("a.jsonl.gz", "secret", ": cannot be read: BadGzipFile"),
         ("a.txt", "secret", ": should end in .jsonl or .csv, with or without .gz"),
     ],
@@ -106,6 +107,14 @@ def test_a_wrong_file_is_told_by_its_place_and_not_quoted(
         read_examples(tmp_path / name)
     assert str(caught.value).startswith(f"{tmp_path / name}{problem}")
     assert "secret" not in str(caught.value)
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    zipped = bytearray(gzip.compress(b"text,label\n" + b"secret,0\n" * 50))
+    zipped[15:20] = b"\0\xff\0\xff\0"
+    (tmp_path / "rows.csv.gz").write_bytes(zipped)
+    with pytest.raises(ConfigError, match=r"rows\.csv\.gz: cannot be read: "):
+        read_examples(tmp_path / "rows.csv.gz")
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

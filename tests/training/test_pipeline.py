@@ -104,11 +104,25 @@ def test_a_run_that_goes_on_from_another_takes_another_order(here: Path) -> None
 
 
 def test_a_run_is_not_resumed_on_other_rows(here: Path) -> None:
-    """The state of a run is refused when the rows have changed in between."""
+    """The state of a run is refused when rows, their labels or the base have changed in between."""
     run(here, "trained", steps=2)
-    write_rows(here / "data", colours(100))
+    rows = colours(120)
+    for others in (colours(100), [row | {"unsafe": 1 - row["unsafe"]} for row in rows]):
+        write_rows(here / "data", others)
+        with pytest.raises(ConfigError, match="other rows"):
+            run(here, "trained", steps=4)
+    write_rows(here / "data", rows)
+    torch.manual_seed(2)
+    write_base(here / "base")
     with pytest.raises(ConfigError, match="other rows"):
         run(here, "trained", steps=4)
+
+
+def test_fewer_steps_than_were_taken_change_nothing(here: Path) -> None:
+    run(here, "trained", steps=4)
+    before = (here / "trained/model.safetensors").read_bytes()
+    assert run(here, "trained", steps=2) == []
+    assert (here / "trained/model.safetensors").read_bytes() == before
 
 
 def test_the_base_must_be_what_it_says(here: Path) -> None:
